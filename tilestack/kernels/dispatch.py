@@ -1,0 +1,218 @@
+"""The one dispatcher: which implementation of an op runs, and why each other one does not.
+
+An op lists its implementations in order of preference. Each is asked whether it refuses the call, which is
+described by metadata alone (shapes, dtypes, device, flags), so the same question serves dispatch, the text of
+an error, `tilestack explain` and the skips of the tests. The rules:
+
+* Asked for by name, an implementation never falls back: a refusal is an error that says why.
+* On a GPU the automatic choice never takes the reference: slow answers are asked for, not stumbled into.
+* On a CPU the automatic choice is the reference: plain torch, which is the definition of the op.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tilestack.kernels import registration
+from tilestack.kernels.device import Device, interpreting
+
+
+class UnsupportedError(ValueError):
+    """No implementation can take the call, or the one asked for by name refuses it."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as the dispatcher sees it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    stride: tuple[int, ...]
+
+    @staticmethod
+    def of(tensor: torch.Tensor) -> TensorSpec:
+        return TensorSpec(tuple(tensor.shape), tensor.dtype, tensor.stride())
+
+    @staticmethod
+    def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
+        """The spec of a tensor that does not exist (yet): what `explain` and `plan` ask with."""
+        stride = [1]
+        for size in reversed(shape[1:]):
+            stride.append(stride[-1] * size)
+        return TensorSpec(tuple(shape), dtype, tuple(reversed(stride)))
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an op, described by metadata alone."""
+
+    device: Device
+    tensors: Mapping[str, TensorSpec | None]
+    params: Any
+    needs_grad: bool
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    name: what users, benchmarks and `explain` call it ("tilestack-triton", "reference", "cudnn", ...).
+    module: dotted path; the module holds `forward`, `backward` and `refuses` (see registration.py). It imports a
+        vendor's package inside its functions alone, so that importing it is cheap and always works.
+    suffix: ends the names of its custom ops: tilestack::<op>_forward_<suffix>.
+    devices: device types it runs on.
+    min_capability, max_capability: NVIDIA architectures it runs on, both included; None means any.
+    packages: modules that must be importable.
+    interpretable: a Triton kernel, which TRITON_INTERPRET=1 runs on the CPU.
+    """
+
+    name: str
+    module: str
+    suffix: str
+    devices: tuple[str, ...] = ("cuda",)
+    min_capability: int | None = None
+    max_capability: int | None = None
+    packages: tuple[str, ...] = ()
+    interpretable: bool = False
+
+    def refuses_machine(self, device: Device) -> str | None:
+        """None if the implementation runs on this machine at all, else the reason why it does not."""
+        if self.interpretable and device.type == "cpu" and interpreting():
+            return None
+        if device.type not in self.devices:
+            hint = " (set TRITON_INTERPRET=1 to run it in Triton's interpreter)" if self.interpretable else ""
+            return f"runs on {' and '.join(self.devices)}, the tensors are on {device.type}{hint}"
+        return self._refuses_capability(device)
+
+    def _refuses_capability(self, device: Device) -> str | None:
+        low, high, have = self.min_capability, self.max_capability, device.capability
+        if low is None and high is None:
+            return None
+        if have is None:
+            return f"needs an NVIDIA GPU, this is {device.arch}"
+        if low is not None and have < low:
+            return f"needs sm_{low} or newer, this is {device.arch}"
+        if high is not None and have > high:
+            return f"is written for sm_{high} at most, this is {device.arch}"
+        return None
+
+
+def portable(op: str) -> Implementation:
+    """The record of an op's plain Triton implementation."""
+    module = f"tilestack.kernels.{op}.triton_portable"
+    return Implementation("tilestack-triton", module, "triton", packages=("triton",), interpretable=True)
+
+
+def reference(op: str) -> Implementation:
+    """The record of an op's definition in plain torch."""
+    return Implementation("reference", f"tilestack.kernels.{op}.reference", "reference", devices=("cpu", "cuda"))
+
+
+class Op:
+    """An op of the package: its contract and its implementations, in order of preference.
+
+    Making one registers the custom ops of every implementation whose packages are installed: at import, never at
+    the first call, because torch.compile cannot trace a registration.
+    """
+
+    def __init__(self, contract: registration.Contract, implementations: tuple[Implementation, ...]):
+        self.contract = contract
+        self.implementations = implementations
+        self._missing = {each.name: _missing(each.packages) for each in implementations}
+        self._registered = {
+            each.name: registration.register(contract, each.suffix, each.module)
+            for each in implementations
+            if not self._missing[each.name]
+        }
+        _OPS[contract.op] = self
+
+    def __call__(self, tensors: tuple[torch.Tensor | None, ...], params: Any, implementation: str | None) -> tuple:
+        """Choose an implementation and run it.
+
+        tensors: in the contract's order, None where an optional one is absent. Returns the contract's outputs.
+        """
+        chosen = self.choose(self._describe(tensors, params), implementation)
+        results = self._registered[chosen.name](tensors, params)
+        return results[: len(self.contract.outputs)] if isinstance(results, tuple) else (results,)
+
+    def refuses(self, implementation: Implementation, call: Call) -> str | None:
+        """None if `implementation` takes the call, else the reason why it does not."""
+        missing = self._missing[implementation.name]
+        if missing:
+            return f"needs the package {missing}, which is not installed"
+        reason = implementation.refuses_machine(call.device)
+        return reason or self._registered[implementation.name].module.refuses(call)
+
+    def reasons(self, call: Call) -> dict[str, str | None]:
+        """For every implementation: None if it takes the call, else why it refuses."""
+        return {each.name: self.refuses(each, call) for each in self.implementations}
+
+    def choose(self, call: Call, implementation: str | None = None) -> Implementation:
+        """The implementation that runs: the one named, or ("auto" or None) the first that takes the call.
+
+        Raises UnsupportedError if the one named refuses, or if on a GPU every fast one does.
+        """
+        if implementation is not None and implementation != "auto":
+            return self._choose_named(call, implementation)
+        if call.device.type == "cpu":
+            return self._choose_named(call, "reference")
+        refusals = []
+        for candidate in self.implementations:
+            if candidate.name == "reference":
+                continue
+            reason = self.refuses(candidate, call)
+            if reason is None:
+                return candidate
+            refusals.append(f"\n  {candidate.name}: {reason}")
+        raise UnsupportedError(
+            f"{self.contract.op}: no fast implementation takes this call:{''.join(refusals)}\n"
+            "  implementation='reference' runs it in plain torch, slowly"
+        )
+
+    def _choose_named(self, call: Call, name: str) -> Implementation:
+        names = [each.name for each in self.implementations]
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            listed = ", ".join(repr(each) for each in ["auto", *names])
+            raise UnsupportedError(f"{self.contract.op}: implementation={name!r} is not one of {listed}{hint}")
+        chosen = self.implementations[names.index(name)]
+        reason = self.refuses(chosen, call)
+        if reason:
+            raise UnsupportedError(f"{self.contract.op}: implementation={name!r} cannot take this call: {reason}")
+        return chosen
+
+    def _describe(self, tensors: tuple[torch.Tensor | None, ...], params: Any) -> Call:
+        first = next(tensor for tensor in tensors if tensor is not None)
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        specs = {
+            name: None if tensor is None else TensorSpec.of(tensor)
+            for name, tensor in zip(self.contract.input_names, tensors, strict=True)
+        }
+        return Call(Device.of(first.device), specs, params, needs_grad)
+
+
+_OPS: dict[str, Op] = {}
+
+
+def ops() -> dict[str, Op]:
+    """Every op of the package by name."""
+    importlib.import_module("tilestack.kernels")
+    return dict(_OPS)
+
+
+def _missing(packages: tuple[str, ...]) -> str:
+    return ", ".join(name for name in packages if importlib.util.find_spec(name) is None)

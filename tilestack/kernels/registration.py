@@ -1,0 +1,174 @@
+"""Turns an implementation into a pair of torch custom ops with fake kernels and autograd.
+
+A module that implements an op has:
+
+    AUXILIARY: tuple[str, ...]       what `forward` returns after the op's outputs, for its own backward alone
+    SAVED: tuple[str, ...]           the inputs, outputs and auxiliaries that backward reads; nothing else is kept.
+                                     "a|b" stands for a where the call has it, else for b
+    forward(*inputs, params)         -> (*outputs, *auxiliaries)
+    backward(*grads, *saved, needs, params)
+                                     -> one gradient for each name in `needs`, in the contract's order of inputs.
+                                     grads: one for each output, None where nothing flows back; saved: in SAVED's
+                                     order; needs: the inputs whose gradient is wanted
+    refuses(call)                    -> None, or why it does not take the call
+    fake_auxiliary(*inputs, params)  -> empty tensors shaped like the auxiliaries (only if AUXILIARY is not empty)
+
+It becomes tilestack::<op>_forward_<suffix> and tilestack::<op>_backward_<suffix>, so torch.compile and a profile
+name what runs. Non-tensor arguments travel in one frozen dataclass, which is spelled out in the op's schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+NAMESPACE = "tilestack"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+_SCHEMA_TYPES = {"int": "int", "float": "float", "bool": "bool", "str": "str"}
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What every implementation of an op agrees on.
+
+    op: its name.
+    inputs: names of the tensor arguments in order; a "?" at the end marks one that may be None.
+    outputs: names of the tensors returned. One that does not exist for a call is an empty tensor of shape [0].
+    params: frozen dataclass of int, float, bool and str fields: everything that is not a tensor.
+    fake: (*inputs, params) -> one tensor for each output with the right shape, dtype and device, content undefined.
+    gradient_like: for an input whose gradient has another tensor's shape and dtype when the input itself is not
+        saved, the name of that saved tensor.
+    constants: outputs that no gradient flows through.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    params: type
+    fake: Callable[..., tuple[torch.Tensor, ...]]
+    gradient_like: tuple[tuple[str, str], ...] = ()
+    constants: tuple[str, ...] = ()
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(name.rstrip("?") for name in self.inputs)
+
+
+@dataclass(frozen=True)
+class Registered:
+    """An implementation's module and the custom ops made from it."""
+
+    module: ModuleType
+    forward_op: Any
+    params_fields: tuple[str, ...]
+
+    def __call__(self, tensors: tuple[torch.Tensor | None, ...], params: Any) -> tuple[torch.Tensor, ...]:
+        return self.forward_op(*tensors, *[getattr(params, name) for name in self.params_fields])
+
+
+def register(contract: Contract, suffix: str, module_path: str) -> Registered:
+    """Import an implementation and register its two custom ops; once per implementation and process."""
+    module = importlib.import_module(module_path)
+    fields = tuple(field.name for field in dataclasses.fields(contract.params))
+    forward_name = f"{contract.op}_forward_{suffix}"
+    backward_name = f"{contract.op}_backward_{suffix}"
+    _define_backward(contract, module, backward_name, fields)
+    _define_forward(contract, module, forward_name, backward_name, fields)
+    return Registered(module, _overload(forward_name), fields)
+
+
+def _overload(name: str) -> Any:
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _params_schema(contract: Contract) -> str:
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(contract.params)}
+    return "".join(f", {_SCHEMA_TYPES[kind]} {name}" for name, kind in kinds.items())
+
+
+def _define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
+def _define_forward(contract: Contract, module: ModuleType, name: str, backward_name: str, fields: tuple) -> None:
+    n_inputs = len(contract.inputs)
+    n_results = len(contract.outputs) + len(module.AUXILIARY)
+    arguments = ", ".join(f"Tensor{'?' if n.endswith('?') else ''} {n.rstrip('?')}" for n in contract.inputs)
+    schema = f"({arguments}{_params_schema(contract)}) -> ({', '.join(['Tensor'] * n_results)})"
+
+    def split(args: tuple) -> tuple[tuple, Any]:
+        return args[:n_inputs], contract.params(*args[n_inputs:])
+
+    def kernel(*args: Any) -> Any:
+        inputs, params = split(args)
+        return _unwrap(module.forward(*inputs, params))
+
+    def fake(*args: Any) -> Any:
+        inputs, params = split(args)
+        results = contract.fake(*inputs, params)
+        if module.AUXILIARY:
+            results = (*results, *module.fake_auxiliary(*inputs, params))
+        return _unwrap(results)
+
+    result_names = (*contract.outputs, *module.AUXILIARY)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        tensors, ctx.params = split(inputs)
+        results = output if isinstance(output, tuple) else (output,)
+        named = dict(zip(contract.input_names, tensors, strict=True))
+        named.update(zip(result_names, results, strict=True))
+        ctx.save_for_backward(*[_pick(named, each) for each in module.SAVED])
+        ctx.mark_non_differentiable(*[named[each] for each in (*contract.constants, *module.AUXILIARY)])
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        needs = list(ctx.needs_input_grad[:n_inputs])
+        wanted = iter(())
+        outputs = grads[: len(contract.outputs)]
+        if any(grad is not None for grad in outputs):
+            params = [getattr(ctx.params, each) for each in fields]
+            wanted = iter(_overload(backward_name)(list(outputs), list(ctx.saved_tensors), needs, *params))
+        gradients = [next(wanted, None) if need else None for need in needs]
+        return (*gradients, *[None] * len(fields))
+
+    _define(name, schema, kernel, fake)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def _define_backward(contract: Contract, module: ModuleType, name: str, fields: tuple) -> None:
+    schema = f"(Tensor?[] grads, Tensor?[] saved, bool[] needs{_params_schema(contract)}) -> Tensor[]"
+
+    def wanted(needs: list[bool]) -> tuple[str, ...]:
+        return tuple(each for each, need in zip(contract.input_names, needs, strict=True) if need)
+
+    def kernel(grads: list, saved: list, needs: list[bool], *params: Any) -> list[torch.Tensor]:
+        gradients = module.backward(*grads, *saved, needs=wanted(needs), params=contract.params(*params))
+        return list(gradients)
+
+    def fake(grads: list, saved: list, needs: list[bool], *params: Any) -> list[torch.Tensor]:
+        named = {name: tensor for key, tensor in zip(module.SAVED, saved, strict=True) for name in key.split("|")}
+        like = dict(contract.gradient_like)
+        templates = [named[each] if each in named else named[like[each]] for each in wanted(needs)]
+        return [each.new_empty(each.shape) for each in templates]
+
+    _define(name, schema, kernel, fake)
+
+
+def _pick(named: dict[str, torch.Tensor | None], key: str) -> torch.Tensor | None:
+    *preferred, last = key.split("|")
+    for name in preferred:
+        if named[name] is not None and named[name].numel():
+            return named[name]
+    return named[last]
+
+
+def _unwrap(results: tuple[torch.Tensor, ...]) -> Any:
+    return results[0] if len(results) == 1 else tuple(results)

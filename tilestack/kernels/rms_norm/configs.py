@@ -1,0 +1,15 @@
+"""Tile choices of rms_norm as data."""
+
+from __future__ import annotations
+
+MAX_HIDDEN = 16384  # a row is held in registers: 64 float32 a thread at 8 warps
+
+
+def warps(hidden: int) -> int:
+    """Warps for one row: about 16 elements a thread, so that loads are 16 bytes wide and several are in flight."""
+    return min(8, max(1, hidden // 512))
+
+
+def backward_programs(rows: int, multiprocessors: int) -> int:
+    """Programs of the backward kernel, each with its own share of dweight: two a multiprocessor hide latency."""
+    return max(1, min(rows, 2 * multiprocessors))
