@@ -1,0 +1,57 @@
+"""`tilestack bench`: choose a benchmark, run it, write its result file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from tilestack.bench.results import FOLDER
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(
+        prog="tilestack bench",
+        description="Times tilestack beside every installed rival on this GPU and writes a result file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    top.add_argument("--out", type=Path, default=FOLDER, help="folder that the result file goes to")
+    top.add_argument("--repeats", type=int, default=20, help="timed calls of each variant; the median is reported")
+    benches = top.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    step = benches.add_parser("step", help="forward, loss and backward of Qwen3-30B-A3B's shape, beside transformers")
+    step.add_argument("--layers", type=int, default=4, help="decoder layers of 48")
+    step.add_argument("--batch", type=int, default=4, help="sequences")
+    step.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
+    ops = benches.add_parser("ops", help="every implementation of every op at the model's shapes")
+    ops.add_argument("--only", nargs="*", metavar="OP", help="these ops alone")
+    benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one benchmark; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    if arguments.bench == "tables":
+        from tilestack.bench.tables import rewrite
+
+        for path in rewrite():
+            print(f"rewrote {path}")
+        return 0
+    if not torch.cuda.is_available():
+        print("tilestack bench: no GPU on this machine; a benchmark here would time Triton's interpreter")
+        return 2
+    print(f"wrote {_run(arguments)}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> Path:
+    if arguments.bench == "step":
+        from tilestack.bench import step
+
+        case = step.StepCase(layers=arguments.layers, batch=arguments.batch, seqlen=arguments.seqlen)
+        return step.run([case], repeats=arguments.repeats, folder=arguments.out)
+    from tilestack.bench import ops
+
+    return ops.run(arguments.only, arguments.repeats, arguments.out)

@@ -1,0 +1,116 @@
+"""Tables of README and docs, made from the result files; `tests/test_tables.py` compares them.
+
+A table stands between two markers and is replaced as a whole:
+
+    <!-- table: step -->
+    ...
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from tilestack.bench.results import FOLDER, ROOT, read
+
+MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """Every Markdown file of the repository that may hold a table."""
+    return sorted({ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("tilestack/**/README.md")})
+
+
+def rewrite() -> list[Path]:
+    """Bring every table up to date; returns the files that changed."""
+    changed = []
+    for path in documents():
+        text = path.read_text()
+        fresh = with_tables(text)
+        if fresh != text:
+            path.write_text(fresh)
+            changed.append(path)
+    return changed
+
+
+def with_tables(text: str) -> str:
+    """The document with every table made anew."""
+    return MARKER.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
+
+
+def _runs(bench: str) -> list[dict]:
+    return [read(path) for path in sorted((FOLDER / bench).glob("*.json"))]
+
+
+def step_table() -> str:
+    """Training step: tilestack beside its rivals, a block for each machine."""
+    blocks = []
+    for run in _runs("step"):
+        timed = [row for row in run["rows"] if row["ms_median"] or (row["error"] and not row["losses"])]
+        lines = [
+            f"{run['device']}, torch {run['versions']['torch']}, triton {run['versions']['triton']}, transformers "
+            f"{run['versions']['transformers']}, {run['date'][:10]}; this device's ceilings in the same run: "
+            f"{run['ceilings']['matmul_tflops']:.0f} TFLOP/s (bf16 product), "
+            f"{run['ceilings']['copy_gbps']:.0f} GB/s (copy).",
+            "",
+            "| case | implementation | ms | tokens/s | TFLOP/s | peak GiB | times transformers |",
+            "|---|---|---|---|---|---|---|",
+            *[_step_line(row, timed) for row in timed],
+        ]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def _step_line(row: dict, rows: list[dict]) -> str:
+    case = row["case"]
+    what = f"{case['layers']} layers, {case['batch']} x {case['seqlen']}"
+    if row["error"]:
+        return f"| {what} | {row['implementation']} | {row['error'][:80]} | | | | |"
+    rivals = [each for each in rows if each["case"] == case and each["implementation"] == "transformers"]
+    ratio = f"{rivals[0]['ms_median'] / row['ms_median']:.2f}" if rivals and rivals[0]["ms_median"] else ""
+    return (
+        f"| {what} | {row['implementation']} | {row['ms_median']:.1f} | {row['tokens_per_s']:,.0f} | "
+        f"{row['tflops']:.0f} | {row['peak_gib']:.1f} | {ratio} |"
+    )
+
+
+def losses_table() -> str:
+    """The first losses of a training run, side by side."""
+    blocks = []
+    for run in _runs("step"):
+        curves = {row["implementation"]: row["losses"] for row in run["rows"] if row["losses"]}
+        if not curves:
+            continue
+        names = list(curves)
+        lines = [f"| step | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+        for step, values in enumerate(zip(*curves.values(), strict=True), start=1):
+            lines.append(f"| {step} | {' | '.join(f'{value:.4f}' for value in values)} |")
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def ops_table() -> str:
+    """Every op at the model's shapes: each implementation's median time."""
+    blocks = []
+    for run in _runs("ops"):
+        lines = [
+            f"{run['device']}, {run['date'][:10]}, bf16, median ms of forward / forward and backward.",
+            "",
+            "| op | case | implementation | forward ms | forward and backward ms |",
+            "|---|---|---|---|---|",
+        ]
+        found: dict[tuple, dict[str, str]] = {}
+        for row in run["rows"]:
+            key = (row["op"], row["case"]["case"], row["implementation"])
+            shown = row["error"][:60] if row["error"] else f"{row['ms_median']:.3f}"
+            found.setdefault(key, {})[row["direction"]] = shown
+        lines += [
+            f"| {' | '.join(key)} | {cell.get('forward', '')} | {cell.get('both', '')} |" for key, cell in found.items()
+        ]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"step": step_table, "losses": losses_table, "ops": ops_table}
