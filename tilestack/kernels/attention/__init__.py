@@ -1,0 +1,3 @@
+from tilestack.kernels.attention.op import attention
+
+__all__ = ["attention"]

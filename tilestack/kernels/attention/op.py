@@ -1,0 +1,179 @@
+"""Scaled dot-product attention, dense and packed: the contract.
+
+    s[i, j] = softmax_scale * q[i] . k[j]       where query i may see key j, else -inf
+    lse[i] = log(sum_j exp(s[i, j]))
+    out[i] = sum_j exp(s[i, j] - lse[i]) * v[j]
+
+Source: Vaswani et al., "Attention Is All You Need" (2017), eq. 1; grouped queries: Ainslie et al. (2023); masks,
+packing and names: flash-attn 2.8.3.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tilestack.kernels import checks
+from tilestack.kernels.attention.layout import empty_lse
+from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.registration import Contract
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What is no tensor, normalised: an implementation need not look at the user's spelling.
+
+    causal: exactly window_right == 0.
+    window_left, window_right: keys seen to the left and right of the query's own position; -1 is no limit.
+    max_seqlen_q, max_seqlen_k: packed input's longest document; -1 is unknown (and in dense input).
+    """
+
+    softmax_scale: float
+    causal: bool
+    window_left: int
+    window_right: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    deterministic: bool
+
+
+def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, params: AttentionParams) -> tuple[torch.Tensor, torch.Tensor]:
+    return q.new_empty(q.shape), empty_lse(q)
+
+
+CONTRACT = Contract(
+    "attention",
+    ("q", "k", "v", "cu_seqlens_q?", "cu_seqlens_k?"),
+    ("out", "lse"),
+    AttentionParams,
+    _fake,
+    constants=("lse",),
+)
+OP = Op(CONTRACT, (reference("attention"),))
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over the keys that it may see.
+
+    q: dense [B, Sq, Hq, D] or packed [Tq, Hq, D], floating point; any strides.
+    k, v: dense [B, Sk, Hkv, D] or packed [Tk, Hkv, D], the dtype of q. Hq is a multiple of Hkv: query head h reads
+        key head h // (Hq / Hkv).
+    causal: query i of a sequence sees no key after i + Sk - Sq (aligned at the bottom right).
+    softmax_scale: multiplies the scores, more than 0; None is D ** -0.5.
+    window_size: (left, right): query i sees keys j with i + Sk - Sq - left <= j <= i + Sk - Sq + right; -1 is no
+        limit. With causal, right is 0.
+    cu_seqlens_q, cu_seqlens_k: packed input only: where each document begins, then the end: int32 [n + 1], on the
+        device of q, starting with 0. A document may be empty. Values are never read on the host, so they are not
+        checked; rows after the last offset belong to no document.
+    max_seqlen_q, max_seqlen_k: packed input only: no document is longer; None is unknown, which costs a few empty
+        thread blocks.
+    deterministic: the gradients must have the same bits each time.
+    return_lse: also return the log-sum-exp.
+    implementation: a name of `tilestack.kernels.ops()["attention"].implementations`; None chooses.
+
+    Returns `out` like q, or `(out, lse)`: lse is [B, Hq, Sq] or [Hq, Tq], float32 (float64 for float64 input), and
+    carries no gradient. A query that sees no key gives out = 0, lse = -inf and zero gradients.
+    Raises ValueError for wrong shapes, dtypes, devices or numbers.
+    """
+    _check_tensors(q, k, v)
+    _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    left, right = _window(window_size, causal)
+    params = AttentionParams(
+        softmax_scale=_scale(softmax_scale, q.shape[-1]),
+        causal=right == 0,
+        window_left=left,
+        window_right=right,
+        max_seqlen_q=-1 if max_seqlen_q is None else max_seqlen_q,
+        max_seqlen_k=-1 if max_seqlen_k is None else max_seqlen_k,
+        deterministic=deterministic,
+    )
+    out, lse = OP((q, k, v, cu_seqlens_q, cu_seqlens_k), params, implementation)
+    return (out, lse) if return_lse else out
+
+
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    checks.floating("attention", q=q)
+    checks.same_dtype("attention", q=q, k=k, v=v)
+    checks.same_device("attention", q=q, k=k, v=v)
+    checks.rank("attention", "q", q, (3, 4), "[B, Sq, Hq, D], or packed [Tq, Hq, D]")
+    checks.rank("attention", "k", k, (q.dim(),), "[B, Sk, Hkv, D] like q, or packed [Tk, Hkv, D]")
+    heads, head_dim = q.shape[-2:]
+    kv_heads = k.shape[-2]
+    checks.at_least("attention", "the head dimension of q", head_dim, 1)
+    checks.shape("attention", "k", k, (*k.shape[:-1], head_dim), "the head dimension of q")
+    checks.shape("attention", "v", v, tuple(k.shape), "the shape of k")
+    if q.dim() == 4:
+        checks.shape("attention", "k", k, (q.shape[0], *k.shape[1:]), "the batch size of q")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"attention: q must have a multiple of the heads of k ({kv_heads}), got {heads}")
+
+
+def _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    packed = q.dim() == 3
+    for side, tensor, cu_seqlens, max_seqlen in (
+        ("q", q, cu_seqlens_q, max_seqlen_q),
+        ("k", k, cu_seqlens_k, max_seqlen_k),
+    ):
+        if packed and cu_seqlens is None:
+            raise ValueError(f"attention: cu_seqlens_{side} is missing: packed {side} {list(tensor.shape)} needs it")
+        if not packed:
+            _check_absent(f"cu_seqlens_{side}", cu_seqlens, q)
+            _check_absent(f"max_seqlen_{side}", max_seqlen, q)
+            continue
+        checks.dtype("attention", f"cu_seqlens_{side}", cu_seqlens, torch.int32)
+        checks.same_device("attention", **{"q": q, f"cu_seqlens_{side}": cu_seqlens})
+        checks.rank("attention", f"cu_seqlens_{side}", cu_seqlens, (1,), "[n + 1]")
+        checks.at_least("attention", f"the length of cu_seqlens_{side}", cu_seqlens.numel(), 1)
+        if max_seqlen is not None:
+            _check_integer(f"max_seqlen_{side}", max_seqlen)
+            checks.at_least("attention", f"max_seqlen_{side}", max_seqlen, 0)
+    if packed:
+        checks.shape("attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "as many as cu_seqlens_q")
+
+
+def _check_absent(name: str, value: object, q: torch.Tensor) -> None:
+    if value is not None:
+        raise ValueError(
+            f"attention: {name} belongs to packed input, q [Tq, Hq, D], but q is {list(q.shape)}; "
+            f"drop {name}, or flatten the batch"
+        )
+
+
+def _check_integer(name: str, value: object) -> None:
+    if isinstance(value, (torch.Tensor, float, bool)):
+        raise ValueError(f"attention: {name} must be an integer, got {type(value).__name__}")
+
+
+def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise ValueError(f"attention: window_size must be two integers, (left, right), got {window_size!r}")
+    for value in window_size:
+        _check_integer("window_size", value)
+        checks.at_least("attention", "window_size", value, -1)
+    left, right = window_size
+    return left, 0 if causal else right
+
+
+def _scale(softmax_scale: float | None, head_dim: int) -> float:
+    if softmax_scale is None:
+        return head_dim**-0.5
+    if isinstance(softmax_scale, torch.Tensor) or not 0 < softmax_scale < math.inf:
+        raise ValueError(f"attention: softmax_scale must be a finite number greater than 0, got {softmax_scale!r}")
+    return float(softmax_scale)
