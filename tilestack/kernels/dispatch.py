@@ -128,7 +128,11 @@ class Op:
     the first call, because torch.compile cannot trace a registration.
     """
 
-    def __init__(self, contract: registration.Contract, implementations: tuple[Implementation, ...]):
+    def __init__(
+        self,
+        contract: registration.Contract | registration.InPlaceContract,
+        implementations: tuple[Implementation, ...],
+    ):
         self.contract = contract
         self.implementations = implementations
         self._missing = {each.name: _missing(each.packages) for each in implementations}
@@ -142,11 +146,13 @@ class Op:
     def __call__(self, tensors: tuple[torch.Tensor | None, ...], params: Any, implementation: str | None) -> tuple:
         """Choose an implementation and run it.
 
-        tensors: in the contract's order, None where an optional one is absent. Returns the contract's outputs.
+        tensors: in the contract's order, None where an optional one is absent. Returns the contract's outputs: an
+        empty tuple from an op that works in place.
         """
         chosen = self.choose(self._describe(tensors, params), implementation)
         results = self._registered[chosen.name](tensors, params)
-        return results[: len(self.contract.outputs)] if isinstance(results, tuple) else (results,)
+        results = results if isinstance(results, tuple) else (results,)
+        return results[: len(self.contract.outputs)]
 
     def refuses(self, implementation: Implementation, call: Call) -> str | None:
         """None if `implementation` takes the call, else the reason why it does not."""

@@ -15,6 +15,12 @@ A module that implements an op has:
 
 It becomes tilestack::<op>_forward_<suffix> and tilestack::<op>_backward_<suffix>, so torch.compile and a profile
 name what runs. Non-tensor arguments travel in one frozen dataclass, which is spelled out in the op's schema.
+
+An op that updates its inputs (InPlaceContract) has no gradient: its modules have `refuses` and
+
+    update(*inputs, params)          -> None; writes the inputs that the contract names
+
+and become one custom op, tilestack::<op>_<suffix>.
 """
 
 from __future__ import annotations
@@ -61,6 +67,28 @@ class Contract:
 
 
 @dataclass(frozen=True)
+class InPlaceContract:
+    """What every implementation agrees on of an op that writes into its inputs and returns nothing.
+
+    op, inputs, params: as in Contract.
+    mutates: the names of the inputs that are written.
+    """
+
+    op: str
+    inputs: tuple[str, ...]
+    mutates: tuple[str, ...]
+    params: type
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(name.rstrip("?") for name in self.inputs)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ()
+
+
+@dataclass(frozen=True)
 class Registered:
     """An implementation's module and the custom ops made from it."""
 
@@ -72,10 +100,14 @@ class Registered:
         return self.forward_op(*tensors, *[getattr(params, name) for name in self.params_fields])
 
 
-def register(contract: Contract, suffix: str, module_path: str) -> Registered:
-    """Import an implementation and register its two custom ops; once per implementation and process."""
+def register(contract: Contract | InPlaceContract, suffix: str, module_path: str) -> Registered:
+    """Import an implementation and register its custom ops; once per implementation and process."""
     module = importlib.import_module(module_path)
     fields = tuple(field.name for field in dataclasses.fields(contract.params))
+    if isinstance(contract, InPlaceContract):
+        name = f"{contract.op}_{suffix}"
+        _define_in_place(contract, module, name)
+        return Registered(module, _overload(name), fields)
     forward_name = f"{contract.op}_forward_{suffix}"
     backward_name = f"{contract.op}_backward_{suffix}"
     _define_backward(contract, module, backward_name, fields)
@@ -87,7 +119,7 @@ def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _params_schema(contract: Contract) -> str:
+def _params_schema(contract: Contract | InPlaceContract) -> str:
     kinds = {field.name: str(field.type) for field in dataclasses.fields(contract.params)}
     return "".join(f", {_SCHEMA_TYPES[kind]} {name}" for name, kind in kinds.items())
 
@@ -160,6 +192,30 @@ def _define_backward(contract: Contract, module: ModuleType, name: str, fields: 
         return [each.new_empty(each.shape) for each in templates]
 
     _define(name, schema, kernel, fake)
+
+
+def _define_in_place(contract: InPlaceContract, module: ModuleType, name: str) -> None:
+    n_inputs = len(contract.inputs)
+    written = [each in contract.mutates for each in contract.input_names]
+
+    def argument(index: int, each: str) -> str:
+        alias = f"({chr(ord('a') + index)}!)" if written[index] else ""
+        return f"Tensor{alias}{'?' if each.endswith('?') else ''} {each.rstrip('?')}"
+
+    arguments = ", ".join(argument(index, each) for index, each in enumerate(contract.inputs))
+
+    def kernel(*args: Any) -> None:
+        inputs, params = args[:n_inputs], contract.params(*args[n_inputs:])
+        module.update(*inputs, params)
+        # autograd must see the write even where a kernel made it behind torch's back
+        torch.autograd.graph.increment_version(
+            [each for each, is_written in zip(inputs, written, strict=True) if is_written and each is not None]
+        )
+
+    def fake(*args: Any) -> None:
+        return None
+
+    _define(name, f"({arguments}{_params_schema(contract)}) -> ()", kernel, fake)
 
 
 def _pick(named: dict[str, torch.Tensor | None], key: str) -> torch.Tensor | None:

@@ -1,0 +1,3 @@
+from tilestack.kernels.adamw.op import adamw
+
+__all__ = ["adamw"]

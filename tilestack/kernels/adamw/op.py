@@ -1,0 +1,105 @@
+"""One step of AdamW on one tensor, in place: the contract.
+
+    g = grad * grad_scale
+    exp_avg    = beta1 * exp_avg + (1 - beta1) * g
+    exp_avg_sq = beta2 * exp_avg_sq + (1 - beta2) * g^2
+    w = (1 - lr * weight_decay) * w
+    w = w - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
+
+w is the float32 master where there is one, else param. Source: Loshchilov and Hutter, "Decoupled Weight Decay
+Regularization" (2019), algorithm 2, with the learning rate multiplied into the decay as torch.optim.AdamW does it.
+Float32 inside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilestack.kernels import checks
+from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.registration import InPlaceContract
+
+
+@dataclass(frozen=True)
+class AdamWParams:
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+
+    def bias_corrections(self) -> tuple[float, float]:
+        """1 - beta1^step and 1 - beta2^step, in double precision on the host."""
+        return 1 - self.beta1**self.step, 1 - self.beta2**self.step
+
+
+CONTRACT = InPlaceContract(
+    "adamw",
+    ("param", "grad", "exp_avg", "exp_avg_sq", "master?", "grad_scale?"),
+    ("param", "exp_avg", "exp_avg_sq", "master"),
+    AdamWParams,
+)
+OP = Op(CONTRACT, (reference("adamw"),))
+
+
+@torch.no_grad()
+def adamw(
+    param: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    *,
+    master: torch.Tensor | None = None,
+    step: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    grad_scale: torch.Tensor | None = None,
+    implementation: str | None = None,
+) -> None:
+    """Update param, exp_avg, exp_avg_sq and master in place. The same input gives the same bits.
+
+    param: any shape, floating point. With a master it is written only: the new master, rounded.
+    grad: the shape of param, any floating dtype.
+    exp_avg, exp_avg_sq: the shape of param, float32 (float64 where param is float64); zeros before the first step.
+    master: like exp_avg, the weights in full precision; None where param itself is the weights.
+    step: the number of this step, from 1.
+    grad_scale: one number on param's device, float32, that the gradient is multiplied by (clipping without a
+        synchronisation); None is 1.
+    implementation: "tilestack-triton" or "reference"; None chooses.
+
+    Raises ValueError for wrong shapes, dtypes, devices or numbers; then nothing was changed.
+    """
+    _check_tensors(param, grad, exp_avg, exp_avg_sq, master, grad_scale)
+    params = AdamWParams(step, lr, beta1, beta2, eps, weight_decay)
+    _check_numbers(params)
+    OP((param, grad, exp_avg, exp_avg_sq, master, grad_scale), params, implementation)
+
+
+def _check_tensors(param, grad, exp_avg, exp_avg_sq, master, grad_scale) -> None:
+    checks.floating("adamw", param=param, grad=grad, grad_scale=grad_scale)
+    checks.same_device(
+        "adamw", param=param, grad=grad, exp_avg=exp_avg, exp_avg_sq=exp_avg_sq, master=master, grad_scale=grad_scale
+    )
+    wide = torch.promote_types(param.dtype, torch.float32)
+    for name, state in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master}.items():
+        if state is not None:
+            checks.shape("adamw", name, state, tuple(param.shape), "the shape of param")
+            checks.dtype("adamw", name, state, wide)
+    checks.shape("adamw", "grad", grad, tuple(param.shape), "the shape of param")
+    if grad_scale is not None and grad_scale.numel() != 1:
+        raise ValueError(f"adamw: grad_scale must be one number, got {list(grad_scale.shape)}")
+
+
+def _check_numbers(params: AdamWParams) -> None:
+    checks.at_least("adamw", "step", params.step, 1)
+    for name in ("lr", "eps", "weight_decay"):
+        checks.at_least("adamw", name, getattr(params, name), 0)
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(params, name) < 1:
+            raise ValueError(f"adamw: {name} must be at least 0 and less than 1, got {getattr(params, name)}")

@@ -1,0 +1,22 @@
+"""adamw in plain torch: the definition, in the order of torch.optim.AdamW's operations."""
+
+from __future__ import annotations
+
+from tilestack.kernels.dispatch import Call
+
+
+def refuses(call: Call) -> str | None:
+    return None
+
+
+def update(param, grad, exp_avg, exp_avg_sq, master, grad_scale, params) -> None:
+    wide = exp_avg.dtype
+    correction1, correction2 = params.bias_corrections()
+    g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)
+    weights = param.to(wide) if master is None else master
+    weights.mul_(1 - params.lr * params.weight_decay)
+    exp_avg.lerp_(g, 1 - params.beta1)
+    exp_avg_sq.mul_(params.beta2).addcmul_(g, g, value=1 - params.beta2)
+    denominator = (exp_avg_sq.sqrt() / correction2**0.5).add_(params.eps)
+    weights.addcdiv_(exp_avg, denominator, value=-params.lr / correction1)
+    param.copy_(weights)

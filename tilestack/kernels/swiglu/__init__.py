@@ -1,0 +1,3 @@
+from tilestack.kernels.swiglu.op import swiglu
+
+__all__ = ["swiglu"]
