@@ -1,0 +1,81 @@
+"""linear_cross_entropy in plain torch: the definition, a chunk of tokens at a time.
+
+A chunk's logits are made, used and dropped, so that training on a CPU never holds [T, V] numbers. Backward makes them
+again. dweight is summed over the chunks in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from tilestack.kernels.dispatch import Call
+from tilestack.kernels.reference_autograd import gradients
+
+AUXILIARY = ()
+SAVED = ("hidden", "weight", "labels", "num_items")
+
+MAX_CHUNK_LOGITS = 2**24  # 64 MiB of float32: several are alive at once in backward
+
+
+def refuses(call: Call) -> str | None:
+    return None
+
+
+def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, params) -> tuple[torch.Tensor]:
+    """The loss of each token, [T]: the op's mathematics."""
+    logits = hidden @ weight.T
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (torch.nn.functional.cross_entropy(wide, labels, ignore_index=params.ignore_index, reduction="none"),)
+
+
+def divisor(labels: torch.Tensor, num_items: torch.Tensor | None, params, dtype: torch.dtype) -> torch.Tensor | float:
+    """What the summed loss is divided by: 1 for "sum" and "none"; never 0."""
+    if params.reduction != "mean":
+        return 1.0
+    counted = (labels != params.ignore_index).sum() if num_items is None else num_items
+    return torch.where(counted == 0, 1.0, counted).to(dtype)
+
+
+def check_labels(labels: torch.Tensor, vocabulary: int, params) -> None:
+    """Raise IndexError for a label that is out of range, where it can be seen without waiting for a GPU."""
+    if labels.is_cuda:
+        return
+    wrong = (labels != params.ignore_index) & ((labels < 0) | (labels >= vocabulary))
+    if wrong.any():
+        raise IndexError(
+            f"linear_cross_entropy: labels must be in [0, {vocabulary}) or ignore_index={params.ignore_index}, "
+            f"got {labels[wrong][0].item()}"
+        )
+
+
+def forward(hidden, weight, labels, num_items, params):
+    check_labels(labels, weight.shape[0], params)
+    losses = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for chunk in _chunks(labels, weight):
+        (losses[chunk],) = token_losses(hidden[chunk], weight, labels[chunk], params)
+    if params.reduction == "none":
+        return (losses,)
+    return (losses.sum() / divisor(labels, num_items, params, losses.dtype),)
+
+
+def backward(dloss, hidden, weight, labels, num_items, *, needs, params):
+    upstream = (dloss / divisor(labels, num_items, params, dloss.dtype)).expand(labels.shape)
+    found = {
+        "hidden": hidden.new_empty(hidden.shape),
+        "weight": weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)),
+    }
+    for chunk in _chunks(labels, weight):
+        inputs = {"hidden": hidden[chunk], "weight": weight, "labels": labels[chunk]}
+        parts = dict(zip(needs, gradients(token_losses, inputs, (upstream[chunk],), needs, params), strict=True))
+        if "hidden" in needs:
+            found["hidden"][chunk] = parts["hidden"]
+        if "weight" in needs:
+            found["weight"] += parts["weight"]
+    return tuple(found[name].to(weight.dtype) for name in needs)
+
+
+def _chunks(labels: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:
+    rows = max(1, MAX_CHUNK_LOGITS // weight.shape[0])
+    return (slice(start, start + rows) for start in range(0, labels.shape[0], rows))
