@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "tilestack"
 LAYERS = ["kernels", "models", "distributed", "app"]  # bottom first
-OPTIONAL = {"transformers": {"models", "app", "bench"}, "deepspeed": {"distributed", "bench"}}
+OPTIONAL = {"transformers": {"models", "distributed", "app", "bench"}, "deepspeed": {"distributed", "bench"}}
 
 
 def imports_of(path: Path) -> set[str]:

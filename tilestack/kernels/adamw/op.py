@@ -6,9 +6,9 @@
     w = (1 - lr * weight_decay) * w
     w = w - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq / (1 - beta2^step)) + eps)
 
-w is the float32 master where there is one, else param. Source: Loshchilov and Hutter, "Decoupled Weight Decay
-Regularization" (2019), algorithm 2, with the learning rate multiplied into the decay as torch.optim.AdamW does it.
-Float32 inside.
+and nothing at all if grad_scale is NaN. w is the float32 master where there is one, else param. Source: Loshchilov and
+Hutter, "Decoupled Weight Decay Regularization" (2019), algorithm 2, with the learning rate multiplied into the decay as
+torch.optim.AdamW does it. Float32 inside.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def adamw(
     master: like exp_avg, the weights in full precision; None where param itself is the weights.
     step: the number of this step, from 1.
     grad_scale: one number on param's device, float32, that the gradient is multiplied by (clipping without a
-        synchronisation); None is 1.
+        synchronisation); None is 1. Where it is NaN, nothing is changed: so a step whose gradient is not finite is
+        left out, and the host need not know.
     implementation: "tilestack-triton" or "reference"; None chooses.
 
     Raises ValueError for wrong shapes, dtypes, devices or numbers; then nothing was changed.

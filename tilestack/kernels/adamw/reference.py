@@ -10,6 +10,8 @@ def refuses(call: Call) -> str | None:
 
 
 def update(param, grad, exp_avg, exp_avg_sq, master, grad_scale, params) -> None:
+    if grad_scale is not None and grad_scale.isnan():
+        return
     wide = exp_avg.dtype
     correction1, correction2 = params.bias_corrections()
     g = grad.to(wide) if grad_scale is None else grad.to(wide) * grad_scale.to(wide)

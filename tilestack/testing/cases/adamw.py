@@ -52,6 +52,7 @@ CASES = OpCases(
         Case("plain", "the common case", _make((8, 24)), STEP),
         Case("master", "param is written from the float32 weights", _make((8, 24), master=True), STEP),
         Case("clipped", "the gradient is scaled on the device", _make((8, 24), master=True, grad_scale=0.25), STEP),
+        Case("left out", "a scale of NaN changes nothing", _make((8, 24), master=True, grad_scale=float("nan")), STEP),
         Case("float32 grad", "grad is wider than param", _make((8, 24), master=True, grad_dtype=torch.float32), STEP),
         Case("bf16 grad", "grad is narrower than param", _make((8, 24), grad_dtype=torch.bfloat16), STEP),
         Case("more than a block", "several programs, the last one masked", _make((3, 1511)), STEP),

@@ -1,0 +1,249 @@
+"""The engine of one process against plain transformers and torch's AdamW."""
+
+import json
+
+import pytest
+import torch
+from transformers import Qwen3MoeForCausalLM
+
+from distributed.tiny import global_step, tiny_config, tiny_model
+from tilestack.distributed import CheckpointError, DistributedConfig, OptimizerConfig, make_engine
+
+OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
+ACCUMULATION = 3
+
+
+def local_engine(model, optimizer=OPTIMIZER, accumulation=ACCUMULATION, **options):
+    return make_engine(model, optimizer, DistributedConfig(engine="local"), accumulation, **options)
+
+
+def losses(engine, steps, first=0) -> list[float]:
+    return [engine.train_step(global_step(step, ACCUMULATION), lr=1e-2).loss.item() for step in range(first, steps)]
+
+
+def plain_inputs(batch: dict) -> dict:
+    return {name: batch[name] for name in ("input_ids", "labels", "position_ids")}
+
+
+def plain_training(model, steps):
+    """The same training by hand: transformers' forward, autograd, torch's clipping and torch.optim.AdamW."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, foreach=False)
+    for step in range(steps):
+        total, aux, batches = 0.0, 0.0, global_step(step, ACCUMULATION)
+        for batch in batches:
+            output = model(**plain_inputs(batch), output_router_logits=True)
+            logits = output.logits[0, :-1].float()
+            tokens = torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="sum")
+            share = tokens / batch["num_items"] + 0.1 * output.aux_loss / len(batches)
+            share.backward()
+            total, aux = total + share.item(), aux + output.aux_loss.item() / len(batches)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        adamw.step()
+        adamw.zero_grad()
+        yield total, aux, norm.item()
+
+
+def test_five_float32_steps_are_those_of_transformers_and_torch_adamw():
+    # float32 sums in another order: a relative error of a few units in the last place, which training amplifies
+    ours, plain = tiny_model(), tiny_model()
+    engine = local_engine(ours)
+    for step, (loss, aux, norm) in enumerate(plain_training(plain, steps=5)):
+        result = engine.train_step(global_step(step, ACCUMULATION), lr=1e-2)
+        assert result.loss.item() == pytest.approx(loss, rel=1e-5)
+        assert result.aux_loss.item() == pytest.approx(aux, rel=1e-5)
+        assert result.grad_norm.item() == pytest.approx(norm, rel=1e-4)
+        assert norm > 0.5  # so that clipping is tested
+
+
+def test_bfloat16_weights_follow_float32_masters():
+    engine = local_engine(tiny_model(torch.bfloat16))
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    # updates far below bfloat16's resolution of the weights: without masters they would all be lost
+    for step in range(40):
+        engine.train_step(global_step(step % 2, ACCUMULATION), lr=1e-5)
+    norm_weight = "model.norm.weight"  # ones: a bfloat16 step there is 2^-8, forty updates come to 4e-4 at most
+    slot = engine.slots[norm_weight]
+    assert torch.equal(engine.model.get_parameter(norm_weight), before[norm_weight])
+    assert 1e-5 < (slot.master - 1).abs().max() < 1e-3
+    for name, each in engine.slots.items():
+        assert each.master.dtype == each.exp_avg.dtype == torch.float32
+        assert torch.equal(each.parameter, each.master.bfloat16()), name
+
+
+def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32():
+    engine, plain = local_engine(tiny_model(torch.bfloat16)), tiny_model(torch.bfloat16)
+    seen = {}
+    engine._update = lambda lr, norm: seen.update(
+        {name: slot.gradient().clone() for name, slot in engine.slots.items()}
+    )
+    batches = global_step(0, ACCUMULATION)
+    engine.train_step(batches, lr=1e-2)
+    plain.router_aux_loss_coef /= ACCUMULATION
+    expected = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in plain.named_parameters()}
+    for batch in batches:
+        inputs = plain_inputs(batch)
+        plain(**inputs, num_items_in_batch=batch["num_items"], output_router_logits=True).loss.backward()
+        for name, parameter in plain.named_parameters():
+            expected[name] += parameter.grad
+            parameter.grad = None
+    for name, gradient in expected.items():
+        assert seen[name].dtype == torch.float32
+        assert torch.equal(seen[name], gradient), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_two_runs_give_the_same_bits(dtype):
+    assert losses(local_engine(tiny_model(dtype)), 4) == losses(local_engine(tiny_model(dtype)), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, dtype):
+    uninterrupted = losses(local_engine(tiny_model(dtype)), 6)
+    first = local_engine(tiny_model(dtype))
+    begun = losses(first, 3)
+    first.save(tmp_path)
+    torch.manual_seed(99)
+    second = local_engine(Qwen3MoeForCausalLM(tiny_config()).to(dtype))  # other weights until it loads
+    second.load(tmp_path)
+    assert begun + losses(second, 6, first=3) == uninterrupted
+
+
+def test_activation_checkpointing_changes_no_bit_and_keeps_the_load_balancing_gradient():
+    plain, checkpointed = local_engine(tiny_model()), local_engine(tiny_model(), activation_checkpointing=True)
+    assert checkpointed.model.is_gradient_checkpointing
+    for step in range(3):
+        batches = global_step(step, ACCUMULATION)
+        one, other = plain.train_step(batches, lr=1e-2), checkpointed.train_step(batches, lr=1e-2)
+        assert one.loss == other.loss and one.aux_loss == other.aux_loss and one.grad_norm == other.grad_norm
+
+
+def test_the_loss_does_not_depend_on_how_the_step_is_cut():
+    batches = global_step(0, 4)
+    whole = local_engine(tiny_model(), accumulation=4).train_step(batches, lr=0.0)
+    shares = [
+        local_engine(tiny_model(), accumulation=2).train_step(half, lr=0.0) for half in (batches[:2], batches[2:])
+    ]
+    # each half's load-balancing loss is a mean over two micro-batches: the whole's is the mean of both
+    aux = sum(share.aux_loss.item() for share in shares) / 2
+    tokens = sum(share.loss.item() - 0.1 * share.aux_loss.item() for share in shares)
+    assert whole.aux_loss.item() == pytest.approx(aux, rel=1e-6)
+    assert whole.loss.item() == pytest.approx(tokens + 0.1 * aux, rel=1e-6)
+
+
+def test_the_expert_load_counts_every_route():
+    result = local_engine(tiny_model()).train_step(global_step(0, ACCUMULATION), lr=0.0)
+    assert result.expert_load.shape == (8,)
+    assert result.expert_load.sum().item() == pytest.approx(1.0)
+    assert result.expert_load.max() < 0.5  # top-2: no expert can have more than half
+
+
+def test_a_model_without_experts_trains():
+    result = local_engine(tiny_model(mlp_only_layers=[0, 1])).train_step(global_step(0, ACCUMULATION), lr=1e-2)
+    assert result.expert_load is None and result.aux_loss.item() == 0
+    assert torch.isfinite(result.loss)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_trains():
+    engine = local_engine(tiny_model())
+    engine.train_step(global_step(0, ACCUMULATION), lr=1e-2)
+    state = {name: t.clone() for name, t in (engine._weights() | engine._moments()).items()}
+    spoil = engine.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    assert not torch.isfinite(engine.train_step(global_step(1, ACCUMULATION), lr=1e-2).grad_norm)
+    spoil.remove()
+    for name, tensor in (engine._weights() | engine._moments()).items():
+        assert torch.equal(tensor, state[name]), name
+    assert torch.isfinite(engine.train_step(global_step(1, ACCUMULATION), lr=1e-2).grad_norm)
+    assert not torch.equal(engine.model.lm_head.weight, state["lm_head.weight"])
+
+
+def test_evaluation_is_the_mean_over_labels_and_leaves_training_as_it_was():
+    engine = local_engine(tiny_model())
+    batches = [batch for step in range(2) for batch in global_step(step, 2)]
+    total, labels = 0.0, 0
+    for batch in batches:
+        output = engine.model(**plain_inputs(batch))
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        total, labels = total + output.loss.item() * count, labels + count
+    assert engine.evaluate(iter(batches)) == pytest.approx(total / labels, rel=1e-6)
+    assert engine.model.training
+
+
+def test_evaluation_without_a_label_is_nan():
+    batch = global_step(0, 1)[0]
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    assert torch.tensor(local_engine(tiny_model()).evaluate([batch])).isnan()
+
+
+def test_the_exported_model_has_the_hubs_layout_and_the_trained_weights(tmp_path):
+    engine = local_engine(tiny_model())
+    losses(engine, 2)
+    engine.export(tmp_path)
+    index = json.loads((tmp_path / "config.json").read_text())
+    assert index["architectures"] == ["Qwen3MoeForCausalLM"]
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.experts.7.down_proj.weight" in file.keys()  # noqa: SIM118  (not a dict)
+    again = Qwen3MoeForCausalLM.from_pretrained(tmp_path)
+    for (name, one), (_, other) in zip(engine.model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_tied_embeddings_are_trained_saved_and_exported_once(tmp_path):
+    engine = local_engine(tiny_model(tie_word_embeddings=True))
+    assert "lm_head.weight" not in engine.slots
+    losses(engine, 2)
+    engine.save(tmp_path)
+    again = local_engine(tiny_model(tie_word_embeddings=True))
+    again.load(tmp_path)
+    assert losses(again, 3, first=2) == losses(engine, 3, first=2)
+    engine.export(tmp_path / "export")
+    loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "export")
+    assert torch.equal(loaded.lm_head.weight, engine.model.lm_head.weight)
+
+
+def test_a_wrong_number_of_micro_batches_is_refused():
+    with pytest.raises(ValueError, match="train_step needs 3 micro-batches, got 2"):
+        local_engine(tiny_model()).train_step(global_step(0, 2), lr=1e-2)
+
+
+def test_weights_of_a_dtype_that_is_not_trained_are_refused():
+    with pytest.raises(ValueError, match=r"all float32 or all bfloat16, got torch\.float16"):
+        local_engine(tiny_model(torch.float16))
+
+
+class TestLoadingADamagedCheckpoint:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        local_engine(tiny_model()).save(tmp_path)
+        return tmp_path
+
+    def test_a_missing_file_is_named(self, folder):
+        (folder / "optimizer.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing"):
+            local_engine(tiny_model()).load(folder)
+
+    def test_a_truncated_file_is_named(self, folder):
+        path = folder / "weights.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"weights\.safetensors is damaged or truncated"):
+            local_engine(tiny_model()).load(folder)
+
+    def test_another_model_is_refused_and_nothing_is_half_loaded(self, folder):
+        engine = local_engine(tiny_model(vocab_size=100))
+        before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        with pytest.raises(CheckpointError, match="the checkpoint is of another model"):
+            engine.load(folder)
+        assert all(torch.equal(p, before[name]) for name, p in engine.model.named_parameters())
+
+    def test_another_precision_is_refused(self, folder):
+        with pytest.raises(CheckpointError, match=r"another|precision"):
+            local_engine(tiny_model(torch.bfloat16)).load(folder)
+
+    def test_a_folder_without_engine_json_is_no_checkpoint(self, folder):
+        (folder / "engine.json").unlink()
+        with pytest.raises(CheckpointError, match=r"holds no engine\.json"):
+            local_engine(tiny_model()).load(folder)

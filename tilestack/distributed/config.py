@@ -1,0 +1,63 @@
+"""What a user chooses about the update and about the processes: two sections of the configuration tree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter, 2019) with decoupled weight decay, and clipping by the global norm.
+
+    lr: the largest learning rate; the schedule of the application scales it, step by step.
+    beta1, beta2: decay of the first and the second moment, each in [0, 1).
+    eps: added to the root of the second moment.
+    weight_decay: applied to matrices alone (two dimensions or more), never to the weights of norms.
+    max_grad_norm: gradients are scaled down to this global 2-norm; 0 switches clipping off.
+    non_finite: what a NaN or infinite gradient norm does. The update is left out in either case, so that the weights
+        stay good; "stop" ends the training, "skip" goes on with the next step.
+    """
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    non_finite: Literal["stop", "skip"] = "stop"
+
+    def __post_init__(self):
+        for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"optimizer.{name} must be a finite number of at least 0, got {value!r}")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name} must be in [0, 1), got {value!r}")
+        if self.non_finite not in ("stop", "skip"):
+            raise ValueError(f"optimizer.non_finite must be 'stop' or 'skip', got {self.non_finite!r}")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the work is spread over processes.
+
+    engine: "auto" takes DeepSpeed from two processes on and our own loop for one; "deepspeed" asks for it by name, also
+        in one process; "local" is one process without DeepSpeed.
+    zero: the ZeRO stage (Rajbhandari et al., 2020): 0 replicates everything, 1 shards the optimizer's states, 2 the
+        gradients too, 3 the parameters too. None is 2, or the stage of `deepspeed_config`.
+    deepspeed_config: a DeepSpeed configuration of your own, a JSON file. What tilestack must know (batch sizes,
+        accumulation, clipping) may be absent or "auto" in it; a value that contradicts tilestack's is an error.
+    """
+
+    engine: Literal["auto", "local", "deepspeed"] = "auto"
+    zero: Literal[0, 1, 2, 3] | None = None
+    deepspeed_config: str | None = None
+
+    def __post_init__(self):
+        if self.engine not in ("auto", "local", "deepspeed"):
+            raise ValueError(f"distributed.engine must be 'auto', 'local' or 'deepspeed', got {self.engine!r}")
+        if self.zero not in (None, 0, 1, 2, 3):
+            raise ValueError(f"distributed.zero must be 0, 1, 2 or 3, got {self.zero!r}")

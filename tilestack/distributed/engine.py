@@ -1,0 +1,111 @@
+"""What every engine can do, and the choice of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+from tilestack.distributed.launch import current_world, uses_deepspeed
+
+MicroBatch = dict[str, torch.Tensor | int]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step measured, reduced over micro-batches and ranks: the same numbers on every rank.
+
+    All are detached float32 tensors on the engine's device. Reading one waits for the device.
+
+    loss: scalar, the objective: sum of token losses / num_items + router_aux_loss_coef * aux_loss.
+    aux_loss: scalar, the load-balancing loss, mean over micro-batches and ranks; 0 without MoE layers.
+    grad_norm: scalar, the global 2-norm of the gradient before clipping. If it is not finite, no weight was changed.
+    expert_load: [E], the share of the routes that each expert got, over all MoE layers; sums to 1. None without any.
+    """
+
+    loss: torch.Tensor
+    aux_loss: torch.Tensor
+    grad_norm: torch.Tensor
+    expert_load: torch.Tensor | None
+
+
+class Engine(Protocol):
+    """A model with its optimizer, on one process or many.
+
+    Micro-batches are dicts: input_ids [1, T] int64; labels [1, T] int64 as transformers takes them (not shifted, -100
+    is ignored); position_ids [1, T]; cu_seqlens [n + 1] int32, where the documents begin; and num_items, the number of
+    labels that count in the whole step, over all micro-batches and ranks (a number, or a scalar tensor).
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    model: torch.nn.Module
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """Gradients of `accumulation` micro-batches of this rank, clipping, and one update at learning rate `lr`.
+
+        Raises ValueError if the number of micro-batches is not the engine's.
+        """
+        ...
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+        """Mean loss per label over the batches of all ranks, without the load-balancing loss; waits for the device.
+
+        Every rank gives its own batches, and as many of them as every other rank (ValueError otherwise: under ZeRO-3
+        an odd one out would wait for ever). num_items is not needed. NaN if there is no label at all.
+        """
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write weights and the optimizer's state into `folder`, which exists; every rank calls it."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote, by the same kind of engine and as many ranks. Raises CheckpointError."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face checkpoint in the hub's layout; every rank calls it, rank 0 writes."""
+        ...
+
+
+def make_engine(
+    model: torch.nn.Module,
+    optimizer: OptimizerConfig,
+    distributed: DistributedConfig,
+    accumulation: int,
+    activation_checkpointing: bool = False,
+) -> Engine:
+    """The engine that trains `model`: our own for one process, DeepSpeed from two on (or when asked for by name).
+
+    model: a transformers causal language model of Qwen3-MoE, built inside `launch.build_model`; its dtype decides the
+        precision: bfloat16 weights get float32 master weights and moments, float32 ones are trained as they are.
+    accumulation: micro-batches per step and rank.
+    activation_checkpointing: keep only the inputs of each layer and compute the rest again in the backward pass.
+
+    Raises ValueError for an accumulation below 1, or for weights that are neither bfloat16 nor float32.
+    """
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1, got {accumulation}")
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        found = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(
+            f"the model's weights must be all float32 or all bfloat16, got {found}; set `dtype` at loading"
+        )
+    if activation_checkpointing:
+        # reentrant checkpointing would drop the gradient of the load-balancing loss
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    world = current_world()
+    if uses_deepspeed(distributed, world):
+        from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optimizer, distributed, accumulation, world)
+    from tilestack.distributed.local import LocalEngine
+
+    return LocalEngine(model, optimizer, accumulation, world)

@@ -1,0 +1,150 @@
+"""One process, no DeepSpeed: AdamW by our own kernel, and no wait for the device in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tilestack.distributed.checkpoint import read_state, read_tensors, write_state, write_tensors
+from tilestack.distributed.config import OptimizerConfig
+from tilestack.distributed.engine import MicroBatch, StepResult
+from tilestack.distributed.launch import World
+from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.kernels import adamw
+
+
+@dataclass
+class _Slot:
+    """One parameter with what the optimizer keeps for it.
+
+    grad: the float32 sum of the micro-batches' bfloat16 gradients, which would lose what they add; None where the
+        parameter's own .grad will do.
+    """
+
+    parameter: torch.nn.Parameter
+    weight_decay: float
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+    master: torch.Tensor | None
+    grad: torch.Tensor | None
+
+    def gradient(self) -> torch.Tensor | None:
+        return self.parameter.grad if self.grad is None else self.grad
+
+
+class LocalEngine:
+    """Trains a model in this process. See `Engine` for the contract.
+
+    With bfloat16 weights, master weights and moments are float32: 14 bytes a parameter (and 4 more with accumulation,
+    for gradients that are summed in float32). With float32 weights there is no master: 16 bytes a parameter.
+    """
+
+    def __init__(self, model: torch.nn.Module, optimizer: OptimizerConfig, accumulation: int, world: World):
+        self.rank, self.world_size, self.device = 0, 1, world.device
+        self.model = model.to(self.device).train()
+        self.optimizer = optimizer
+        self.accumulation = accumulation
+        self.updates = 0
+        self.slots = {name: self._slot(p) for name, p in model.named_parameters() if p.requires_grad}
+
+    def _slot(self, parameter: torch.nn.Parameter) -> _Slot:
+        def zeros() -> torch.Tensor:
+            return torch.zeros_like(parameter, dtype=torch.float32)
+
+        low_precision = parameter.dtype != torch.float32
+        slot = _Slot(
+            parameter,
+            weight_decay=self.optimizer.weight_decay if parameter.ndim >= 2 else 0.0,
+            exp_avg=zeros(),
+            exp_avg_sq=zeros(),
+            master=parameter.detach().float() if low_precision else None,
+            grad=zeros() if low_precision and self.accumulation > 1 else None,
+        )
+        if slot.grad is not None:
+            parameter.register_post_accumulate_grad_hook(lambda p: _add_and_free(slot.grad, p))
+        return slot
+
+    def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        if len(micro_batches) != self.accumulation:
+            raise ValueError(f"train_step needs {self.accumulation} micro-batches, got {len(micro_batches)}")
+        sums = StepSums(self.model, self.accumulation, self.device)
+        for batch in micro_batches:
+            sums.forward(batch).backward()
+        grad_norm = self._grad_norm()
+        self._update(lr, grad_norm)
+        return sums.result(grad_norm)
+
+    @torch.no_grad()
+    def _grad_norm(self) -> torch.Tensor:
+        gradients = [slot.gradient() for slot in self.slots.values() if slot.gradient() is not None]
+        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+
+    @torch.no_grad()
+    def _update(self, lr: float, grad_norm: torch.Tensor) -> None:
+        limit = self.optimizer.max_grad_norm
+        scale = torch.clamp(limit / (grad_norm + 1e-6), max=1.0) if limit else torch.ones_like(grad_norm)
+        # decided on the device: adamw leaves everything as it is where the scale is NaN
+        scale = torch.where(torch.isfinite(grad_norm), scale, torch.nan)
+        self.updates += 1
+        for slot in self.slots.values():
+            if slot.gradient() is None:
+                continue
+            adamw(
+                slot.parameter,
+                slot.gradient(),
+                slot.exp_avg,
+                slot.exp_avg_sq,
+                master=slot.master,
+                step=self.updates,
+                lr=lr,
+                beta1=self.optimizer.beta1,
+                beta2=self.optimizer.beta2,
+                eps=self.optimizer.eps,
+                weight_decay=slot.weight_decay,
+                grad_scale=scale,
+            )
+            slot.parameter.grad = None
+            if slot.grad is not None:
+                slot.grad.zero_()
+
+    def evaluate(self, batches: Iterable[MicroBatch]) -> float:
+        total, labels = evaluation_sums(self.model, list(batches), self.device).tolist()
+        return total / labels if labels else float("nan")
+
+    def save(self, folder: Path) -> None:
+        folder = Path(folder)
+        write_tensors(folder / "weights.safetensors", self._weights())
+        write_tensors(folder / "optimizer.safetensors", self._moments())
+        write_state(folder, self._identity() | {"updates": self.updates})
+
+    def load(self, folder: Path) -> None:
+        folder = Path(folder)
+        state = read_state(folder, expected=self._identity())
+        read_tensors(folder / "weights.safetensors", self._weights())
+        read_tensors(folder / "optimizer.safetensors", self._moments())
+        self.updates = state["updates"]
+
+    def export(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+
+    def _identity(self) -> dict:
+        return {"engine": "local", "world_size": 1}
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return dict(self.model.named_parameters())
+
+    def _moments(self) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, slot in self.slots.items():
+            found |= {f"{name}.exp_avg": slot.exp_avg, f"{name}.exp_avg_sq": slot.exp_avg_sq}
+            if slot.master is not None:
+                found[f"{name}.master"] = slot.master
+        return found
+
+
+def _add_and_free(total: torch.Tensor, parameter: torch.nn.Parameter) -> None:
+    total.add_(parameter.grad)
+    parameter.grad = None

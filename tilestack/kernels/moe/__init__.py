@@ -1,3 +1,0 @@
-from tilestack.kernels.moe.op import moe
-
-__all__ = ["moe"]
