@@ -4,17 +4,26 @@ from tilestack.kernels.adamw import adamw
 from tilestack.kernels.attention import attention
 from tilestack.kernels.dispatch import UnsupportedError, ops
 from tilestack.kernels.linear_cross_entropy import linear_cross_entropy
+from tilestack.kernels.moe import moe
 from tilestack.kernels.qk_norm_rope import qk_norm_rope
 from tilestack.kernels.rms_norm import rms_norm
+from tilestack.kernels.router import RouterOutput, load_balancing_loss, router
+from tilestack.kernels.sort_routes import Routes, sort_routes
 from tilestack.kernels.swiglu import swiglu
 
 __all__ = [
+    "RouterOutput",
+    "Routes",
     "UnsupportedError",
     "adamw",
     "attention",
     "linear_cross_entropy",
+    "load_balancing_loss",
+    "moe",
     "ops",
     "qk_norm_rope",
     "rms_norm",
+    "router",
+    "sort_routes",
     "swiglu",
 ]

@@ -50,7 +50,7 @@ class Contract:
     fake: (*inputs, params) -> one tensor for each output with the right shape, dtype and device, content undefined.
     gradient_like: for an input whose gradient has another tensor's shape and dtype when the input itself is not
         saved, the name of that saved tensor.
-    constants: outputs that no gradient flows through.
+    constants: outputs that no gradient flows through; if all are, the op has no backward.
     """
 
     op: str
@@ -64,6 +64,11 @@ class Contract:
     @property
     def input_names(self) -> tuple[str, ...]:
         return tuple(name.rstrip("?") for name in self.inputs)
+
+    @property
+    def differentiable(self) -> bool:
+        """False if every output is constant: such an op has no backward."""
+        return set(self.outputs) != set(self.constants)
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def register(contract: Contract | InPlaceContract, suffix: str, module_path: str
         return Registered(module, _overload(name), fields)
     forward_name = f"{contract.op}_forward_{suffix}"
     backward_name = f"{contract.op}_backward_{suffix}"
-    _define_backward(contract, module, backward_name, fields)
+    if contract.differentiable:
+        _define_backward(contract, module, backward_name, fields)
     _define_forward(contract, module, forward_name, backward_name, fields)
     return Registered(module, _overload(forward_name), fields)
 
@@ -172,7 +178,8 @@ def _define_forward(contract: Contract, module: ModuleType, name: str, backward_
         return (*gradients, *[None] * len(fields))
 
     _define(name, schema, kernel, fake)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+    if contract.differentiable:
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
 def _define_backward(contract: Contract, module: ModuleType, name: str, fields: tuple) -> None:

@@ -1,0 +1,103 @@
+"""The one place that knows Gluon's API, which moves between Triton's releases (3.6 to 3.8 here).
+
+Hopper kernels import Gluon's names from here, and the few things that Gluon does not wrap: TMA's reduction, named
+barriers, fast reciprocals and packed conversions. `testing/gluon_emulator.py` has a CPU version of every name here.
+"""
+
+from __future__ import annotations
+
+from triton._C.libtriton import ir
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+__all__ = [
+    "TensorDescriptor",
+    "async_copy",
+    "barrier_arrive",
+    "barrier_sync",
+    "fence_async_shared",
+    "gl",
+    "gluon",
+    "mbarrier",
+    "reciprocal",
+    "round_to_bf16",
+    "swizzled",
+    "tensor_descriptor",
+    "tma",
+    "tma_reduce_add",
+    "warpgroup_mma",
+    "warpgroup_mma_init",
+    "warpgroup_mma_wait",
+]
+
+
+@builtin
+def tma_reduce_add(desc, coord, src, _semantic=None):
+    """Add the tile in shared memory to global memory (bulk asynchronous, completes as a TMA store does)."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def barrier_sync(index, threads: gl.constexpr, num_warps: gl.constexpr):
+    """Wait at hardware barrier `index` until `threads` threads (a string: "256") have come; the caller has num_warps.
+
+    Cheaper than an mbarrier, whose arrival Gluon guards with a barrier over the caller's warps.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    lanes = gl.full([num_warps * 32], 0, gl.int32, layout) + index
+    gl.inline_asm_elementwise(
+        "bar.sync $1, " + threads + "; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def barrier_arrive(index, threads: gl.constexpr, num_warps: gl.constexpr):
+    """Come to hardware barrier `index` without waiting."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    lanes = gl.full([num_warps * 32], 0, gl.int32, layout) + index
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, " + threads + "; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def reciprocal(x):
+    """1 / x to about one unit in the last place of float32, in one instruction."""
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def round_to_bf16(x):
+    """(bfloat16(x), float32(bfloat16(x))), one packed conversion a pair: plain casts become one conversion a value."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 t; cvt.rn.bf16x2.f32 $0, $4, $3; shl.b32 t, $0, 16; mov.b32 $1, t; "
+        "and.b32 t, $0, 0xffff0000; mov.b32 $2, t; }",
+        "=&r,=&f,=&f,f,f",
+        [x],
+        dtype=(gl.bfloat16, gl.float32),
+        is_pure=True,
+        pack=2,
+    )
+
+
+def swizzled(bits: int, rank: int = 2, width: int = 128) -> gl.NVMMASharedLayout:
+    """The shared-memory layout that TMA writes and wgmma reads: rows of `width` bytes, swizzled (0: plain)."""
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
+
+
+def tensor_descriptor(tensor, block: list[int], width: int = 128) -> TensorDescriptor:
+    """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes."""
+    layout = swizzled(8 * tensor.element_size(), len(block), width)
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)

@@ -1,0 +1,3 @@
+from tilestack.kernels.moe.op import moe
+
+__all__ = ["moe"]

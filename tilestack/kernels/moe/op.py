@@ -1,0 +1,74 @@
+"""The experts of a mixture of experts (SwiGLU), for tokens that a router has sent to them: the contract.
+
+    gate, up = gate_up[e] @ x[t]                          the first I rows of gate_up[e] are the gate's
+    out[t] = sum over k of topk_weights[t, k] * down[e] @ (silu(gate) * up),       e = topk_ids[t, k]
+
+Source: Shazeer, "GLU Variants Improve Transformer" (2020), for the expert; Shazeer et al., "Outrageously Large Neural
+Networks" (2017), eq. 1, for the sum. Weights and sum are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilestack.kernels import checks
+from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.registration import Contract
+from tilestack.kernels.sort_routes.op import check_ids
+
+
+@dataclass(frozen=True)
+class MoEParams:
+    pass
+
+
+def _fake(x: torch.Tensor, *_) -> tuple:
+    return (x.new_empty(x.shape),)
+
+
+CONTRACT = Contract("moe", ("x", "gate_up", "down", "topk_ids", "topk_weights?"), ("out",), MoEParams, _fake)
+OP = Op(CONTRACT, (reference("moe"),))
+
+
+def moe(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> torch.Tensor:
+    """Send every token through its experts and sum what they answer.
+
+    x: [T, H], floating point.
+    gate_up: [E, 2I, H], the dtype of x; the gate's rows first.
+    down: [E, H, I], the dtype of x.
+    topk_ids: [T, K], int32 or int64. An id outside [0, E) is another rank's expert: it is skipped and adds 0. The
+        same expert twice for one token counts twice.
+    topk_weights: [T, K], float32 (float64 with float64 x); None means 1, which with K = 1 serves rows that other ranks
+        dispatched.
+    implementation: "tilestack-triton" or "reference"; None chooses.
+
+    Returns out like x. Differentiable in x, gate_up, down and topk_weights. The same input gives the same bits.
+    Raises ValueError for wrong shapes, dtypes or devices.
+    """
+    checks.floating("moe", x=x, gate_up=gate_up, down=down)
+    checks.same_dtype("moe", x=x, gate_up=gate_up, down=down)
+    checks.same_device("moe", x=x, gate_up=gate_up, down=down, topk_ids=topk_ids, topk_weights=topk_weights)
+    checks.rank("moe", "x", x, (2,), "[T, H]")
+    checks.rank("moe", "down", down, (3,), "[E, H, I]")
+    tokens, hidden = x.shape
+    experts, _, intermediate = down.shape
+    checks.shape("moe", "down", down, (experts, hidden, intermediate), "[E, H, I], H the width of x")
+    checks.shape("moe", "gate_up", gate_up, (experts, 2 * intermediate, hidden), "[E, 2I, H], E and I from down")
+    check_ids("moe", topk_ids)
+    top_k = topk_ids.shape[1]
+    checks.shape("moe", "topk_ids", topk_ids, (tokens, top_k), "[T, K], T the rows of x")
+    checks.at_least("moe", "the K of topk_ids [T, K]", top_k, 1)
+    if topk_weights is not None:
+        checks.dtype("moe", "topk_weights", topk_weights, torch.promote_types(x.dtype, torch.float32))
+        checks.shape("moe", "topk_weights", topk_weights, (tokens, top_k), "[T, K], like topk_ids")
+    return OP((x, gate_up, down, topk_ids, topk_weights), MoEParams(), implementation)[0]

@@ -1,0 +1,472 @@
+"""Runs Hopper Gluon kernels on the CPU: the very functions that are compiled for the GPU, over torch tensors.
+
+Each partition of a warp-specialised kernel is a thread. What the hardware does late is late here too:
+
+* TMA loads and cp.async fill their buffer with NaN when issued and with data some time later, and count their bytes on
+  the mbarrier then;
+* wgmma runs as late as its wait allows (`late=True`), so that it reads what its buffers hold by then;
+* TMA stores and reductions read their buffer as late as their wait allows;
+* shared memory is NaN until it is written;
+* an mbarrier or named barrier that nobody completes is a DeadlockError after `timeout` seconds.
+
+A missing wait, an early release, a forgotten arrival, a store that overtakes: each shows as NaN, wrong numbers, a
+DeadlockError or a ProtocolError. Not modelled: layouts, bank conflicts, proxy fences, and races between the warpgroups
+of one partition, which is one thread here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from triton.language import constexpr
+from triton.runtime.jit import JITFunction
+
+from tilestack.kernels import _gluon
+
+
+class DeadlockError(AssertionError):
+    """A wait that nothing completed."""
+
+
+class ProtocolError(AssertionError):
+    """A barrier or queue was used in a way that the hardware does not survive."""
+
+
+class Mbarrier:
+    """One mbarrier: arrivals and bytes outstanding in the current phase, and how many phases are done."""
+
+    def __init__(self, timeout: float):
+        self.changed = threading.Condition()
+        self.timeout = timeout
+        self.expected = self.arrived = self.bytes = self.phases = 0
+
+    def arrive(self, count: int = 1, new_bytes: int = 0) -> None:
+        with self.changed:
+            self.arrived += count
+            self.bytes += new_bytes
+            if self.arrived > self.expected:
+                raise ProtocolError(f"mbarrier: {self.arrived} arrivals, {self.expected} expected")
+            self._complete()
+
+    def received(self, n_bytes: int) -> None:
+        with self.changed:
+            self.bytes -= n_bytes
+            self._complete()
+
+    def _complete(self) -> None:
+        if self.arrived == self.expected and self.bytes == 0:
+            self.arrived = 0
+            self.phases += 1
+            self.changed.notify_all()
+
+    def wait(self, parity: int) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.phases & 1 != parity, self.timeout):
+                raise DeadlockError(
+                    f"mbarrier: parity {parity}, {self.arrived}/{self.expected} arrivals, {self.bytes} bytes due"
+                )
+
+
+class Mbarriers:
+    """An array of mbarriers in shared memory."""
+
+    def __init__(self, count: int, timeout: float):
+        self.items = [Mbarrier(timeout) for _ in range(count)]
+
+    def index(self, i: Any) -> Mbarrier:
+        return self.items[int(i)]
+
+
+class Shared:
+    """A buffer in shared memory, or a view of one."""
+
+    def __init__(self, data: torch.Tensor):
+        self.data = data
+        self.dtype = data.dtype
+        self.shape = list(data.shape)
+        self.type = SimpleNamespace(shape=self.shape)
+
+    def index(self, i: Any) -> Shared:
+        return Shared(self.data[int(i)])
+
+    def slice(self, start: Any, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data.narrow(dim, int(start), length))
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def store(self, value: torch.Tensor) -> None:
+        if value.dtype != self.dtype:
+            raise ProtocolError(f"store of {value.dtype} into shared memory of {self.dtype}")
+        self.data.copy_(value)
+
+    def load(self, layout: Any = None) -> torch.Tensor:
+        return self.data.clone()
+
+    def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any = None) -> Shared:
+        count = torch.Size(shape).numel()
+        return Shared(self.data.reshape(-1).view(dtype)[:count].view(shape))
+
+    _reinterpret = reinterpret
+
+
+class Pointer:
+    """A pointer, or a tensor of pointers, into a flat tensor."""
+
+    def __init__(self, memory: torch.Tensor, offset: Any = 0):
+        self.memory = memory
+        self.offset = offset
+        self.dtype = SimpleNamespace(element_ty=memory.dtype)
+
+    def __add__(self, offset: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + offset)
+
+    __radd__ = __add__
+
+
+class Descriptor:
+    """A TMA descriptor."""
+
+    def __init__(self, host: Any):
+        self.tensor = host.base
+        self.block = list(host.block_shape)
+        self.block_shape = self.block
+        self.dtype = host.base.dtype
+        self.layout = None
+        nbytes = torch.Size(self.block).numel() * host.base.element_size()
+        self.block_type = SimpleNamespace(nbytes=nbytes, shape=self.block)
+
+    def tile(self, coord: list[Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """Slices of the tensor and of the tile that overlap; TMA reads zeros and drops writes outside."""
+        inside, within = [], []
+        for start, size, limit in zip(map(int, coord), self.block, self.tensor.shape, strict=True):
+            low, high = max(start, 0), min(start + size, limit)
+            inside.append(slice(low, max(low, high)))
+            within.append(slice(low - start, max(low, high) - start))
+        return tuple(inside), tuple(within)
+
+
+class Accumulator:
+    """The result of an asynchronous wgmma: it has a value only once it has run."""
+
+    def __init__(self, value: torch.Tensor | None = None):
+        self.value = value
+
+
+class Emulator:
+    """Launches Gluon kernels on the CPU.
+
+    late: wgmma runs as late as its wait allows (False: at once).
+    delay: TMA loads and copies take up to this many seconds, in threads of their own; every wait may lose as much.
+    """
+
+    def __init__(self, late: bool = True, delay: float = 0.0, seed: int = 0, timeout: float = 20.0):
+        self.late, self.delay, self.timeout = late, delay, timeout
+        self.random = random.Random(seed)
+        self.here = threading.local()
+        self.memory = threading.Lock()
+        self.rebuilt: dict[JITFunction, Callable] = {}
+        self.named: dict[int, list[int]] = {}
+        self.named_changed = threading.Condition()
+        self.fakes = self._fakes()
+
+    def launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        """Run every program of the grid, one after the other."""
+        function = self.rebuild(kernel)
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        named.update({name: value for name, value in options.items() if name in kernel.arg_names})
+        arguments = [self._argument(named[name]) for name in kernel.arg_names]
+        self.grid = (*grid, 1, 1)[:3]
+        for z in range(self.grid[2]):
+            for y in range(self.grid[1]):
+                for x in range(self.grid[0]):
+                    self.named.clear()
+                    with self._partition((x, y, z)):
+                        function(*arguments)
+                    if any(count for count, _ in self.named.values()):
+                        raise ProtocolError("a named barrier was left half full")
+
+    def rebuild(self, jitted: JITFunction) -> Callable:
+        """The Python function behind a JIT function, with the emulator's versions of what it calls."""
+        if jitted not in self.rebuilt:
+            source = jitted.fn
+            names: dict[str, Any] = {}
+            function = types.FunctionType(source.__code__, names, source.__name__, source.__defaults__)
+            self.rebuilt[jitted] = function
+            for name, value in source.__globals__.items():
+                names[name] = self._replacement(value)
+        return self.rebuilt[jitted]
+
+    def _replacement(self, value: Any) -> Any:
+        with contextlib.suppress(TypeError):
+            if value in self.fakes:
+                return self.fakes[value]
+        if isinstance(value, JITFunction):
+            return lambda *args, **named: self.rebuild(value)(*args, **named)
+        return value.value if isinstance(value, constexpr) else value
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return Pointer(value.view(-1))
+        return Descriptor(value) if hasattr(value, "block_shape") else value
+
+    @contextlib.contextmanager
+    def _partition(self, program: tuple[int, int, int]) -> Iterator[None]:
+        here = self.here
+        here.program, here.products, here.stores, here.copies = program, [], [], []
+        yield
+        for what, queue in (("wgmma", here.products), ("TMA store", here.stores), ("cp.async", here.copies)):
+            if queue:
+                raise ProtocolError(f"{len(queue)} {what} left in flight at the end")
+
+    def _nap(self) -> None:
+        if self.delay:
+            time.sleep(self.random.random() * self.delay)
+
+    def _later(self, work: Callable[[], None]) -> None:
+        if self.delay:
+            threading.Thread(target=work, daemon=True).start()
+        else:
+            work()
+
+    # ---- partitions and barriers
+
+    def warp_specialize(self, partitions: list, worker_warps: list[int], worker_registers: list[int]) -> None:
+        program, failures = self.here.program, []
+
+        def body(function: Callable, args: tuple) -> None:
+            try:
+                with self._partition(program):
+                    function(*args)
+            except BaseException as failure:  # carried to the launching thread below
+                failures.append(failure)
+
+        threads = [threading.Thread(target=body, args=each, daemon=True) for each in partitions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(3 * self.timeout)
+        if failures:
+            raise failures[0]
+        if any(thread.is_alive() for thread in threads):
+            raise DeadlockError("a partition did not finish")
+
+    def barrier(self, index: Any, threads: str, num_warps: int, wait: bool) -> None:
+        with self.named_changed:
+            state = self.named.setdefault(int(index), [0, 0])
+            state[0] += 32 * num_warps
+            if state[0] > int(threads):
+                raise ProtocolError(f"named barrier {index}: more than {threads} threads came")
+            turn = state[1]
+            if state[0] == int(threads):
+                state[0], state[1] = 0, turn + 1
+                self.named_changed.notify_all()
+            elif wait and not self.named_changed.wait_for(lambda: state[1] != turn, self.timeout):
+                raise DeadlockError(f"named barrier {index}")
+
+    # ---- copies
+
+    def tma_load(self, desc: Descriptor, coord: list, barrier: Mbarrier, target: Shared, pred: Any = True) -> None:
+        if not pred:
+            return
+        target.data.fill_(float("nan"))
+        coord = [int(each) for each in coord]
+
+        def arrive() -> None:
+            self._nap()
+            inside, within = desc.tile(coord)
+            tile = torch.zeros(desc.block, dtype=desc.dtype)
+            tile[within] = desc.tensor[inside]
+            target.data.copy_(tile.view(target.data.shape))
+            barrier.received(desc.block_type.nbytes)
+
+        self._later(arrive)
+
+    def tma_store(self, desc: Descriptor, coord: list, source: Shared, add: bool = False) -> None:
+        coord = [int(each) for each in coord]
+
+        def leave() -> None:
+            inside, within = desc.tile(coord)
+            tile = source.data.reshape(desc.block)[within]
+            with self.memory:
+                desc.tensor[inside] = desc.tensor[inside] + tile if add else tile
+
+        self.here.stores.append(leave)
+
+    def store_wait(self, pendings: int = 0) -> None:
+        while len(self.here.stores) > int(pendings):
+            self.here.stores.pop(0)()
+
+    def copy_async(self, target: Shared, pointer: Pointer, mask: torch.Tensor | None = None, **_: Any) -> None:
+        target.data.fill_(float("nan"))
+        offset = pointer.offset
+        mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand_as(offset)
+        zero = torch.zeros((), dtype=pointer.memory.dtype)
+
+        def arrive() -> None:
+            target.data.copy_(torch.where(mask, pointer.memory[torch.where(mask, offset, 0)], zero))
+
+        self.here.copies.append(arrive)
+
+    def copy_arrive(self, barrier: Mbarrier, increment_count: bool = True, threads: int = 128) -> None:
+        if increment_count:
+            raise ProtocolError("cp.async arrivals must be counted in the mbarrier's init (increment_count=False)")
+        pending, self.here.copies = self.here.copies, []
+
+        def arrive() -> None:
+            self._nap()
+            for copy in pending:
+                copy()
+            barrier.arrive(threads)
+
+        self._later(arrive)
+
+    def copy_wait(self, pendings: int = 0) -> None:
+        while len(self.here.copies) > pendings:
+            self.here.copies.pop(0)()
+
+    # ---- products
+
+    def mma(self, a: Any, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any) -> Any:
+        result = Accumulator()
+
+        def run() -> None:
+            left = a.data if isinstance(a, Shared) else a
+            product = left.float() @ b.data.float()
+            before = acc.value if isinstance(acc, Accumulator) else acc
+            result.value = product + before if use_acc else product
+
+        self.here.products.append(run)
+        if not (self.late and is_async):
+            self._drain(0)
+        self._nap()
+        return result if is_async else result.value
+
+    def mma_wait(self, num_outstanding: int = 0, deps: list | None = None) -> Any:
+        self._drain(int(num_outstanding))
+        self._nap()
+        values = [each.value if isinstance(each, Accumulator) and each.value is not None else each for each in deps]
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def _drain(self, outstanding: int) -> None:
+        while len(self.here.products) > outstanding:
+            self.here.products.pop(0)()
+
+    # ---- the names that kernels see
+
+    def _fakes(self) -> dict[Any, Any]:
+        return {
+            _gluon.gl: self._language(),
+            _gluon.tma: SimpleNamespace(
+                async_copy_global_to_shared=self.tma_load,
+                async_copy_shared_to_global=self.tma_store,
+                store_wait=self.store_wait,
+            ),
+            _gluon.mbarrier: SimpleNamespace(
+                MBarrierLayout=lambda: None,
+                init=_init,
+                expect=lambda barrier, nbytes, pred=True: _one(barrier).arrive(1, int(nbytes)) if pred else None,
+                arrive=lambda barrier, count=1, pred=True: _one(barrier).arrive(count) if pred else None,
+                wait=lambda barrier, phase, pred=True, deps=(): _one(barrier).wait(int(phase)) if pred else None,
+            ),
+            _gluon.async_copy: SimpleNamespace(
+                async_copy_global_to_shared=self.copy_async,
+                mbarrier_arrive=lambda barrier, increment_count=True: self.copy_arrive(_one(barrier), increment_count),
+                wait_group=self.copy_wait,
+            ),
+            _gluon.warpgroup_mma: self.mma,
+            _gluon.warpgroup_mma_init: Accumulator,
+            _gluon.warpgroup_mma_wait: self.mma_wait,
+            _gluon.fence_async_shared: lambda **_: None,
+            _gluon.tma_reduce_add: lambda desc, coord, source: self.tma_store(desc, coord, source, add=True),
+            _gluon.barrier_sync: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, True),
+            _gluon.barrier_arrive: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, False),
+            _gluon.reciprocal: lambda x: 1 / x,
+            _gluon.round_to_bf16: lambda x: (x.bfloat16(), x.bfloat16().float()),
+        }
+
+    def _allocate(self, dtype: torch.dtype, shape: list[int], layout: Any = None) -> Any:
+        if dtype == torch.int64:
+            return Mbarriers(shape[0], self.timeout)
+        return Shared(torch.full(shape, float("nan"), dtype=dtype))
+
+    def _language(self) -> SimpleNamespace:
+        layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout")
+        return SimpleNamespace(
+            **{name: lambda *_, **__: None for name in layouts},
+            **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64", "int1")
+               if hasattr(torch, name)},
+            constexpr=None,
+            allocate_shared_memory=self._allocate,
+            arange=lambda low, high, layout=None: torch.arange(low, high),
+            cdiv=lambda a, b: -(-a // b),
+            convert_layout=lambda x, layout, **_: x,
+            exp2=torch.exp2,
+            full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
+            load=_load,
+            log2=torch.log2,
+            max=lambda x, axis: x.amax(axis),
+            maximum=_either(torch.maximum, max),
+            minimum=_either(torch.minimum, min),
+            num_programs=lambda axis: self.grid[axis],
+            permute=lambda x, order: x.permute(order),
+            program_id=lambda axis: self.here.program[axis],
+            reshape=lambda x, shape: x.reshape(shape),
+            split=lambda x: (x[..., 0], x[..., 1]),
+            static_assert=lambda *_: None,
+            static_range=range,
+            store=_store,
+            sum=lambda x, axis: x.sum(axis),
+            thread_barrier=lambda: None,
+            warp_specialize=self.warp_specialize,
+            where=_where,
+            zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
+        )  # fmt: skip
+
+
+def _one(barrier: Any) -> Mbarrier:
+    return barrier.items[0] if isinstance(barrier, Mbarriers) else barrier
+
+
+def _init(barrier: Any, count: int) -> None:
+    _one(barrier).expected = count
+
+
+def _either(tensors: Callable, numbers: Callable) -> Callable:
+    def choose(a: Any, b: Any) -> Any:
+        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+            return tensors(torch.as_tensor(a), torch.as_tensor(b))
+        return numbers(a, b)
+
+    return choose
+
+
+def _where(condition: Any, a: Any, b: Any) -> Any:
+    if isinstance(condition, torch.Tensor):
+        return torch.where(condition, torch.as_tensor(a), torch.as_tensor(b))
+    return a if condition else b
+
+
+def _load(pointer: Pointer, mask: torch.Tensor | None = None, other: Any = 0) -> Any:
+    if not isinstance(pointer.offset, torch.Tensor):
+        return pointer.memory[pointer.offset].item() if mask is None or mask else other
+    if mask is None:
+        return pointer.memory[pointer.offset]
+    found = pointer.memory[torch.where(mask, pointer.offset, 0)]
+    return torch.where(mask, found, torch.tensor(other, dtype=found.dtype))
+
+
+def _store(pointer: Pointer, value: Any, mask: torch.Tensor | None = None) -> None:
+    if isinstance(pointer.offset, torch.Tensor) and mask is not None:
+        value = torch.as_tensor(value, dtype=pointer.memory.dtype).expand_as(pointer.offset)
+        pointer.memory[pointer.offset[mask]] = value[mask]
+    elif mask is None or mask:
+        pointer.memory[pointer.offset] = value
