@@ -43,10 +43,19 @@ class TensorSpec:
     @staticmethod
     def contiguous(shape: tuple[int, ...], dtype: torch.dtype) -> TensorSpec:
         """The spec of a tensor that does not exist (yet): what `explain` and `plan` ask with."""
-        stride = [1]
-        for size in reversed(shape[1:]):
-            stride.append(stride[-1] * size)
+        stride, step = [], 1
+        for size in reversed(shape):
+            stride.append(step)
+            step *= size
         return TensorSpec(tuple(shape), dtype, tuple(reversed(stride)))
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the elements lie one after the other; as in torch, the stride of a dimension of 1 does not count."""
+        dense = TensorSpec.contiguous(self.shape, self.dtype).stride
+        return 0 in self.shape or all(
+            size == 1 or have == want for size, have, want in zip(self.shape, self.stride, dense, strict=True)
+        )
 
 
 @dataclass(frozen=True)

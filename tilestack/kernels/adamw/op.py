@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import InPlaceContract
 
 
@@ -42,7 +42,7 @@ CONTRACT = InPlaceContract(
     ("param", "exp_avg", "exp_avg_sq", "master"),
     AdamWParams,
 )
-OP = Op(CONTRACT, (reference("adamw"),))
+OP = Op(CONTRACT, (portable("adamw"), reference("adamw")))
 
 
 @torch.no_grad()

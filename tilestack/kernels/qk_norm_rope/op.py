@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 
@@ -34,7 +34,7 @@ CONTRACT = Contract(
     QKNormRopeParams,
     _fake,
 )
-OP = Op(CONTRACT, (reference("qk_norm_rope"),))
+OP = Op(CONTRACT, (portable("qk_norm_rope"), reference("qk_norm_rope")))
 
 
 def qk_norm_rope(
@@ -70,7 +70,9 @@ def _check(q, k, q_weight, k_weight, cos, sin) -> None:
     checks.floating(op, q=q)
     checks.same_dtype(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight)
     checks.same_device(op, q=q, k=k, q_weight=q_weight, k_weight=k_weight, cos=cos, sin=sin)
-    batch, seqlen, _, head_dim = q.shape
+    batch, seqlen, q_heads, head_dim = q.shape
+    checks.at_least(op, "Hq, the heads of q,", q_heads, 1)
+    checks.at_least(op, "Hk, the heads of k,", k.shape[2], 1)
     if head_dim % 2 or head_dim == 0:
         raise ValueError(f"{op}: D, the last dimension of q, must be even and positive, got {head_dim}")
     checks.shape(op, "k", k, (batch, seqlen, k.shape[2], head_dim), "[B, S, Hk, D], all but Hk as in q")

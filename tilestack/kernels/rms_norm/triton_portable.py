@@ -2,7 +2,7 @@
 
 Forward: a program normalises one row at a time, the whole row in registers, and strides over the rows.
 Backward: one program per multiprocessor strides over the rows and keeps its share of dweight in float32 registers;
-a second, small kernel sums the shares in a fixed order. No atomics, so the same input gives the same bits.
+weight_shares sums the shares in a fixed order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from tilestack.kernels import launch
 from tilestack.kernels.dispatch import Call
 from tilestack.kernels.rms_norm.configs import MAX_HIDDEN, backward_programs, warps
+from tilestack.kernels.weight_shares import sum_shares
 
 AUXILIARY = ("rstd",)
 SAVED = ("residual_out|x", "weight", "rstd")
@@ -28,7 +29,7 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_fwd_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr, stride_x, stride_residual, n_rows, eps,
     H: tl.constexpr, BLOCK_H: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
@@ -50,7 +51,7 @@ def rms_norm_fwd_kernel(
         tl.store(out_ptr + row * H + offs, (normalised.to(tl.float32) * weight.to(tl.float32)).to(x.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_bwd_kernel(
     dout_ptr, dsummed_ptr, summed_ptr, weight_ptr, rstd_ptr, dx_ptr, dweight_shares_ptr,
     stride_dout, stride_dsummed, stride_summed, n_rows,
@@ -76,19 +77,6 @@ def rms_norm_bwd_kernel(
             dx += tl.load(dsummed_ptr + row * stride_dsummed + offs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + row * H + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     tl.store(dweight_shares_ptr + tl.program_id(0) * H + offs, dweight, mask=mask)
-
-
-@triton.jit
-def rms_norm_bwd_dweight_kernel(
-    shares_ptr, dweight_ptr, n_shares, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    offs_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    total = tl.zeros([BLOCK_S, BLOCK_H], tl.float32)
-    for start in range(0, n_shares, BLOCK_S):
-        offs_s = start + tl.arange(0, BLOCK_S)
-        mask = (offs_s < n_shares)[:, None] & (offs_h < H)[None, :]
-        total += tl.load(shares_ptr + offs_s[:, None] * H + offs_h[None, :], mask=mask, other=0.0)
-    tl.store(dweight_ptr + offs_h, tl.sum(total, 0).to(dweight_ptr.dtype.element_ty), mask=offs_h < H)
 
 
 def fake_auxiliary(x, weight, residual, params):
@@ -132,15 +120,5 @@ def backward(dout, dresidual_out, summed, weight, rstd, *, needs, params):
         )  # fmt: skip
     found = {"x": dx, "residual": dx.clone() if {"x", "residual"} <= set(needs) else dx}
     if "weight" in needs:
-        found["weight"] = _sum_shares(shares, weight)
+        found["weight"] = sum_shares(shares, weight)
     return tuple(found[name] for name in needs)
-
-
-def _sum_shares(shares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    n_shares, hidden = shares.shape
-    with launch.on_device(shares):
-        rms_norm_bwd_dweight_kernel[(launch.cdiv(hidden, 64),)](
-            shares, dweight, n_shares, H=hidden, BLOCK_H=64, BLOCK_S=32, num_warps=4
-        )
-    return dweight

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 
@@ -27,7 +27,7 @@ def _fake(gate: torch.Tensor, up: torch.Tensor, params: SwiGLUParams) -> tuple[t
 
 
 CONTRACT = Contract("swiglu", ("gate", "up"), ("out",), SwiGLUParams, _fake)
-OP = Op(CONTRACT, (reference("swiglu"),))
+OP = Op(CONTRACT, (portable("swiglu"), reference("swiglu")))
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor, *, implementation: str | None = None) -> torch.Tensor:

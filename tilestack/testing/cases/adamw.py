@@ -21,7 +21,7 @@ def _make(
 ):
     def make(dtype, device, generator):
         def random(*size, to=torch.float32):
-            return torch.randn(*size, generator=generator).to(device, to)
+            return torch.randn(size, generator=generator).to(device, to)
 
         wide = torch.promote_types(dtype, torch.float32)
         weights = random(*shape, to=wide)
