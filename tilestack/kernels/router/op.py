@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 
@@ -54,7 +54,7 @@ CONTRACT = Contract(
     _fake,
     constants=("topk_ids", "tokens_per_expert"),
 )
-OP = Op(CONTRACT, (reference("router"),))
+OP = Op(CONTRACT, (portable("router"), reference("router")))
 
 
 def router(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 ID_DTYPES = (torch.int32, torch.int64)
@@ -37,7 +37,7 @@ def _fake(topk_ids: torch.Tensor, params: SortRoutesParams) -> tuple:
 
 
 CONTRACT = Contract("sort_routes", ("topk_ids",), Routes._fields, SortRoutesParams, _fake, constants=Routes._fields)
-OP = Op(CONTRACT, (reference("sort_routes"),))
+OP = Op(CONTRACT, (portable("sort_routes"), reference("sort_routes")))
 
 
 def check_ids(op: str, topk_ids: torch.Tensor) -> None:
