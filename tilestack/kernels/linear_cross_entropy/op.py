@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -47,7 +47,7 @@ def _fake(
 CONTRACT = Contract(
     "linear_cross_entropy", ("hidden", "weight", "labels", "num_items?"), ("loss",), LinearCrossEntropyParams, _fake
 )
-OP = Op(CONTRACT, (reference("linear_cross_entropy"),))
+OP = Op(CONTRACT, (portable("linear_cross_entropy"), reference("linear_cross_entropy")))
 
 
 def linear_cross_entropy(
@@ -87,6 +87,7 @@ def linear_cross_entropy(
     checks.shape(op, "weight", weight, (weight.shape[0], hidden.shape[1]), "[V, H], H the last dimension of hidden")
     checks.shape(op, "labels", labels, (hidden.shape[0],), "[T], T the first dimension of hidden")
     checks.at_least(op, "V (the rows of weight)", weight.shape[0], 1)
+    checks.at_least(op, "H (the columns of weight)", weight.shape[1], 1)
     if reduction not in REDUCTIONS:
         raise ValueError(f"{op}: reduction must be one of {', '.join(map(repr, REDUCTIONS))}, got {reduction!r}")
     num_items = _divisor(num_items, reduction, hidden)
