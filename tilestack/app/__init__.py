@@ -1,0 +1,1 @@
+"""The application layer: the parts that train.py is made of. train.py owns the loop."""

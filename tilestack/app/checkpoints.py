@@ -1,0 +1,167 @@
+"""Checkpoints of a run: complete or not there, whatever kills the process, and everything that a resume needs.
+
+A checkpoint is written under a temporary name. When every file is on the disk, and manifest.json with their sizes
+too, the folder gets its name in one step. A folder `step-...` is therefore complete. Only safetensors and JSON
+(and, with several processes, what DeepSpeed writes).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+import tilestack
+from tilestack.app.config import Config
+from tilestack.app.data.packing import Position
+from tilestack.app.errors import UserError
+from tilestack.app.files import read_json, sync_file, sync_folder, write_text
+from tilestack.app.parse import to_plain
+from tilestack.app.processes import wait_for_all
+from tilestack.distributed import Engine
+
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TEMPORARY = ".tmp-"
+# what may differ on resume: it changes what is shown and kept, never what is computed
+FREE_KEYS = (
+    "output.*",
+    "train.eval_every",
+    "train.eval_micro_batches",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "model.activation_checkpointing",
+)
+
+
+def save(folder: Path, step: int, engine: Engine, position: Position, config: Config, data: dict[str, Any]) -> Path:
+    """Write checkpoint `step` into `folder`, drop all but the newest train.keep_checkpoints; every rank calls it.
+
+    data: what identifies the data, compared on resume.
+    """
+    final, temporary = folder / f"step-{step:08d}", folder / f"{TEMPORARY}step-{step:08d}"
+    if engine.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    wait_for_all()
+    engine.save(temporary)
+    save_file(_random_states(engine.device), temporary / _random_file(engine.rank))
+    wait_for_all()
+    if engine.rank == 0:
+        state = {
+            "step": step,
+            "position": asdict(position),
+            "data": data,
+            "world_size": engine.world_size,
+            "config": to_plain(config),
+            "tilestack": tilestack.__version__,
+            "torch": torch.__version__,
+        }
+        write_text(temporary / STATE, json.dumps(state, indent=2) + "\n")
+        _finish(temporary, final)
+        for old in complete(folder)[: -config.train.keep_checkpoints]:
+            _remove(old)
+    wait_for_all()
+    return final
+
+
+def load(checkpoint: Path, engine: Engine, config: Config, data: dict[str, Any]) -> tuple[int, Position]:
+    """Take up a checkpoint: weights, optimizer and random states. Returns its step and position in the data.
+
+    Raises UserError if it is damaged, or if something that changes the computation is not what it was.
+    """
+    check_files(checkpoint)
+    state = read_json(checkpoint / STATE)
+    check_same_config(state["config"], to_plain(config), checkpoint)
+    if state["world_size"] != engine.world_size:
+        raise UserError(
+            f"{checkpoint} was saved by {state['world_size']} processes, this run has {engine.world_size}; "
+            f"start {state['world_size']}"
+        )
+    if state["data"] != data:
+        raise UserError(f"data.source: the data is not what {checkpoint} was trained on ({state['data']}, now {data})")
+    engine.load(checkpoint)
+    _restore_random_states(load_file(checkpoint / _random_file(engine.rank)), engine.device)
+    return state["step"], Position(**state["position"])
+
+
+def complete(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("step-*"))
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed run left half-written."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def check_files(checkpoint: Path) -> None:
+    """Raise UserError unless every file of the manifest is there with its size."""
+    for name, size in read_json(checkpoint / MANIFEST)["bytes"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: the checkpoint is damaged; remove {checkpoint} to use an older one")
+        if path.stat().st_size != size:
+            raise UserError(
+                f"{path} is truncated or damaged: {path.stat().st_size} bytes instead of {size}; "
+                f"remove {checkpoint} to use an older one"
+            )
+
+
+def check_same_config(saved: dict[str, dict], now: dict[str, dict], checkpoint: Path) -> None:
+    """Raise UserError for the first key that differs and would change what is computed."""
+    for group in now:
+        if f"{group}.*" in FREE_KEYS:
+            continue
+        for key in sorted({*now[group], *saved.get(group, {})}):
+            before, after = saved.get(group, {}).get(key), now[group].get(key)
+            if before != after and f"{group}.{key}" not in FREE_KEYS:
+                raise UserError(
+                    f"{group}.{key} is {after!r}, but {checkpoint} was saved with {before!r}; leave it as it was, or "
+                    "start a new run (from an exported model with --model.path)"
+                )
+
+
+def _finish(temporary: Path, final: Path) -> None:
+    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    for path in files:
+        sync_file(path)
+    sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
+    write_text(temporary / MANIFEST, json.dumps({"bytes": sizes}, indent=2) + "\n")
+    for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
+        sync_folder(folder)
+    if final.exists():  # the run was resumed from an older checkpoint by hand
+        _remove(final)
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a checkpoint so that a kill in the middle leaves no half of one under its name."""
+    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _random_file(rank: int) -> str:
+    return f"random-{rank:05d}.safetensors"
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def _restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)

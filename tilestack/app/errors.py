@@ -1,0 +1,63 @@
+"""Errors as people see them: one message that says what is wrong and what to do, no traceback, an exit code."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Wrong input, or a machine that cannot do what was asked. The message is all that is printed."""
+
+
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM was honoured: what is to be kept has been saved. The message says where."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Print what people can mend as one message and exit (2, or 130 after Ctrl-C); let bugs keep their traceback."""
+    try:
+        yield
+    except UserError as error:
+        _leave(f"error: {error}", EXIT_USER_ERROR)
+    except Interrupted as error:
+        _leave(str(error), EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        _leave("interrupted before there was anything to save", EXIT_INTERRUPTED)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        needed = out_of_memory(error)
+        if needed is None:
+            raise
+        _leave(f"error: {needed}", EXIT_USER_ERROR)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """What to say if `error` means that memory ran out, else None."""
+    text = str(error)
+    cpu = "DefaultCPUAllocator" in text or isinstance(error, MemoryError)
+    if not cpu and not isinstance(error, torch.OutOfMemoryError):
+        return None
+    wanted = re.search(r"(?:allocate|allocate:) ([\d.]+ ?\w+)", text)
+    free = re.search(r"([\d.]+ \w+) is free", text)
+    parts = ["not enough memory on the " + ("CPU" if cpu else "GPU")]
+    if wanted:
+        parts.append(f": {wanted[1]} more were needed" + (f", {free[1]} were free" if free else ""))
+    return "".join(parts) + (
+        "\nmake it smaller, in this order: --data.micro_batch_tokens (activations), --model.activation_checkpointing true"
+        " (activations), --distributed.zero 2 or 3 over more processes (optimizer, gradients, weights), a smaller model"
+    )
+
+
+def _leave(message: str, code: int) -> None:
+    if os.environ.get("RANK", "0") == "0" or code == EXIT_USER_ERROR:
+        print(message, file=sys.stderr, flush=True)
+    raise SystemExit(code)

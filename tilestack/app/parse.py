@@ -1,0 +1,231 @@
+"""From a YAML file and the command line to a Config, with errors in our own words.
+
+jsonargparse reads and converts; plain types only, so that a configuration never imports or runs anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from tilestack.app.config import Config
+from tilestack.app.errors import UserError
+
+EPILOG = """
+Every key can be set in the YAML file (--config) and on the command line, which wins:
+  python train.py                                              the preset for this machine
+  python train.py --config configs/tiny-cpu.yaml --optimizer.lr 1e-4
+  python train.py --data.source my.jsonl --model.path Qwen/Qwen3-30B-A3B
+  python train.py --resume latest                              go on where the newest run stopped
+  torchrun --nproc-per-node 2 train.py --distributed.zero 2    several processes
+"""
+
+
+def parser(prog: str) -> jsonargparse.ArgumentParser:
+    """The parser of the whole tree: one option a leaf, its help from the docstring of its dataclass."""
+    made = jsonargparse.ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        allow_abbrev=False,
+        usage=f"{prog} [--config FILE] [--resume RUN] [--GROUP.KEY VALUE ...]",
+        description="Train a Qwen3-MoE: from scratch, or from a Hugging Face checkpoint.",
+        epilog=EPILOG,
+        formatter_class=jsonargparse.DefaultHelpFormatter,
+    )
+    made.add_argument("--config", action="config", help="YAML file; default: the preset for this machine")
+    made.add_argument(
+        "--resume",
+        type=str | None,
+        default=None,
+        help="go on from the newest checkpoint of a run: its folder, or 'latest'; takes that run's configuration",
+    )
+    for group in dataclasses.fields(Config):
+        kind = typing.get_type_hints(Config)[group.name]
+        section = made.add_argument_group(_headline(kind))
+        helps = _docs_of_keys(kind)
+        for leaf in dataclasses.fields(kind):
+            section.add_argument(
+                f"--{group.name}.{leaf.name}",
+                type=typing.get_type_hints(kind)[leaf.name],
+                default=_default(leaf),
+                help=helps.get(leaf.name, ""),
+            )
+    return made
+
+
+def parse(argv: list[str], config_file: Path, prog: str = "train.py") -> Config:
+    """The configuration that `config_file` and the options in `argv` (without --config and --resume) give.
+
+    Raises UserError: unknown key (with the nearest valid one), wrong type (key, expected type, value), bad YAML.
+    """
+    check_tree(read_yaml(config_file), str(config_file))
+    _check_options(argv)
+    try:
+        values = parser(prog).parse_args(["--config", str(config_file), *argv])
+    except jsonargparse.ArgumentError as error:
+        raise UserError(_in_our_words(str(error))) from None
+    return from_tree(values.as_dict())
+
+
+def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
+    """The value of `--name` in argv (the last one; None if absent) and argv without it."""
+    value, rest, position = None, [], 0
+    while position < len(argv):
+        word = argv[position]
+        if word == f"--{name}":
+            if position + 1 == len(argv) or argv[position + 1].startswith("--"):
+                raise UserError(f"--{name} needs a value")
+            value = argv[position + 1]
+            position += 1
+        elif word.startswith(f"--{name}="):
+            value = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+        position += 1
+    return value, rest
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError if there is none."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"configuration file {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"configuration file {path} cannot be read: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise UserError(f"configuration file {path} must hold 'group:' and 'key: value' lines, got {tree!r}")
+    return tree
+
+
+def check_tree(tree: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for the first key of a nested mapping that the configuration does not have."""
+    known = keys()
+    groups = {key.split(".")[0] for key in known}
+    for group, leaves in tree.items():
+        if group not in groups:
+            raise UserError(f"{where}: {_unknown(str(group), [*groups, *known])}")
+        if not isinstance(leaves, dict):
+            raise UserError(f"{where}: {group} is a group of keys, got {leaves!r}; write them below it, indented")
+        for leaf in leaves:
+            if f"{group}.{leaf}" not in known:
+                raise UserError(f"{where}: {_unknown(f'{group}.{leaf}', known)}")
+
+
+def keys() -> list[str]:
+    """Every key of the configuration, as "group.key"."""
+    hints = typing.get_type_hints(Config)
+    return [f"{group}.{leaf.name}" for group, kind in hints.items() for leaf in dataclasses.fields(kind)]
+
+
+def from_tree(tree: Mapping[str, Any]) -> Config:
+    """A Config from a nested mapping whose values have the right types."""
+    hints = typing.get_type_hints(Config)
+    return Config(**{group: kind(**tree[group]) for group, kind in hints.items() if group in tree})
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as the YAML text that gives it back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The configuration as nested dictionaries of what JSON and YAML can hold."""
+    return {group: _plain(leaves) for group, leaves in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_options(argv: list[str]) -> None:
+    known = keys()
+    expects_value = False
+    for word in argv:
+        if word in ("-h", "--help"):
+            continue
+        if word.startswith("--"):
+            name = word[2:].split("=", 1)[0]
+            if name not in known:
+                raise UserError(_unknown(name, [*known, "config", "resume", "help"], dashes="--"))
+            expects_value = "=" not in word
+        elif expects_value:
+            expects_value = False
+        else:
+            raise UserError(f"{word!r} belongs to no option; options are written --group.key value")
+
+
+def _unknown(name: str, known: list[str], dashes: str = "") -> str:
+    """The text for a key that does not exist, with the valid one that is nearest."""
+    leaf = name.split(".")[-1]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    close = close or [key for key in known if key.split(".")[-1] == leaf]
+    close = close or [key for key in known if difflib.get_close_matches(leaf, [key.split(".")[-1]], cutoff=0.6)]
+    close = close or difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {dashes}{close[0]}?" if close else "; see --help for all keys"
+    return f"unknown key {dashes}{name}{hint}"
+
+
+def _in_our_words(message: str) -> str:
+    found = re.search(r'key "(?P<key>[\w.]+)":.*?Got value: (?P<value>.*)', message, re.DOTALL)
+    if not found:
+        return message.strip()
+    key, value = found["key"], found["value"].strip()
+    group, leaf = key.split(".", 1)
+    hints = typing.get_type_hints(typing.get_type_hints(Config)[group])
+    return f"{key} must be {_type_in_words(hints[leaf])}, got {value!r}"
+
+
+def _type_in_words(kind: Any) -> str:
+    simple = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+    if kind in simple:
+        return simple[kind]
+    arguments = typing.get_args(kind)
+    origin = typing.get_origin(kind)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(each) for each in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_in_words(each) for each in arguments)
+    if origin is list:
+        return f"a list, each {_type_in_words(arguments[0])}"
+    if origin is tuple:
+        return f"a list of {len(arguments)}: " + ", ".join(_type_in_words(each) for each in arguments)
+    return str(kind)
+
+
+def _headline(kind: type) -> str:
+    return (kind.__doc__ or kind.__name__).strip().splitlines()[0]
+
+
+def _docs_of_keys(kind: type) -> dict[str, str]:
+    """The `key: what it is` lines of a dataclass's docstring; deeper indented lines continue the one before."""
+    docs: dict[str, str] = {}
+    last = None
+    names = {leaf.name for leaf in dataclasses.fields(kind)}
+    for line in (kind.__doc__ or "").splitlines()[1:]:
+        found = re.match(r"    (?:    )?(\w+): (.+)", line)
+        if found and found[1] in names:
+            last = found[1]
+            docs[last] = found[2].strip()
+        elif last and line.strip():
+            docs[last] += " " + line.strip()
+        else:
+            last = None
+    return docs
+
+
+def _default(leaf: dataclasses.Field) -> Any:
+    return leaf.default if leaf.default is not dataclasses.MISSING else leaf.default_factory()
