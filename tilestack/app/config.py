@@ -174,7 +174,14 @@ def _check_at_least(config: Config) -> None:
         "model": {"router_aux_loss_coef": 0},
         "data": {"eval_documents": 0, "vocab_size": 257, "sequence_length": 2, "micro_batch_tokens": 2},
         "schedule": {"warmup_steps": 0, "final_ratio": 0},
-        "train": dict(steps=1, micro_batches=1, eval_every=0, eval_micro_batches=1, save_every=0, keep_checkpoints=1),
+        "train": {
+            "steps": 1,
+            "micro_batches": 1,
+            "eval_micro_batches": 1,
+            "keep_checkpoints": 1,
+            "eval_every": 0,
+            "save_every": 0,
+        },
         "output": {"log_every": 1, "sample_tokens": 0, "sample_temperature": 0},
     }
     for group, keys in floors.items():

@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 import torch
 
+from tilestack.distributed import CheckpointError, LaunchError
+from tilestack.kernels import UnsupportedError
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -18,7 +21,7 @@ class UserError(Exception):
     """Wrong input, or a machine that cannot do what was asked. The message is all that is printed."""
 
 
-class Interrupted(Exception):
+class StoppedError(Exception):
     """Ctrl-C or SIGTERM was honoured: what is to be kept has been saved. The message says where."""
 
 
@@ -27,9 +30,9 @@ def reported() -> Iterator[None]:
     """Print what people can mend as one message and exit (2, or 130 after Ctrl-C); let bugs keep their traceback."""
     try:
         yield
-    except UserError as error:
+    except (UserError, CheckpointError, LaunchError, UnsupportedError) as error:
         _leave(f"error: {error}", EXIT_USER_ERROR)
-    except Interrupted as error:
+    except StoppedError as error:
         _leave(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         _leave("interrupted before there was anything to save", EXIT_INTERRUPTED)
@@ -52,8 +55,8 @@ def out_of_memory(error: BaseException) -> str | None:
     if wanted:
         parts.append(f": {wanted[1]} more were needed" + (f", {free[1]} were free" if free else ""))
     return "".join(parts) + (
-        "\nmake it smaller, in this order: --data.micro_batch_tokens (activations), --model.activation_checkpointing true"
-        " (activations), --distributed.zero 2 or 3 over more processes (optimizer, gradients, weights), a smaller model"
+        "\nwhat to change, in this order: --model.activation_checkpointing true and a lower --data.micro_batch_tokens "
+        "(activations), --distributed.zero 2 or 3 over more processes (optimizer, gradients, weights), a smaller model"
     )
 
 

@@ -7,7 +7,7 @@ import resource
 
 import torch
 
-# dense bf16 TFLOP/s with float32 accumulation, from the makers' data sheets; the first name found in the device's counts
+# dense bf16 TFLOP/s with float32 accumulation, from the makers' data sheets; the first name in the device's own counts
 PEAK_TFLOPS = {
     "GH200": 989.5,
     "H100 PCIe": 756.0,

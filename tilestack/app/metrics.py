@@ -56,8 +56,8 @@ class Metrics:
         """The records of the steps since the last reading; waits for the device.
 
         Keys: step, loss (with the load-balancing loss), aux_loss, grad_norm, lr, epoch, tokens_per_second and mfu (null
-        where the peak is unknown) over the steps of this reading, expert_load (largest over mean), memory_gib (peak), seconds
-        (training so far, without evaluation and saving).
+        where the peak is unknown) over the steps of this reading, expert_load (largest over mean), memory_gib (peak),
+        seconds (training so far, without evaluation and saving).
 
         Raises UserError at a gradient that is not finite, if optimizer.non_finite is "stop".
         """
@@ -72,8 +72,8 @@ class Metrics:
         for each, (loss, aux_loss, grad_norm, load) in zip(pending, values, strict=True):
             if not math.isfinite(grad_norm) and self._non_finite == "stop":
                 raise UserError(
-                    f"the gradient of step {each.step} is not finite (loss {loss}); no weight took it up. Lower optimizer.lr, "
-                    "or set optimizer.non_finite to skip; --resume goes on from the last checkpoint"
+                    f"the gradient of step {each.step} is not finite (loss {loss}); no weight took it up. "
+                    "Lower optimizer.lr, or set optimizer.non_finite to skip; --resume goes on from the last checkpoint"
                 )
             records.append(
                 {

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from tilestack import Qwen3MoeForCausalLM
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
 from tilestack.app.files import check_safetensors, read_json
@@ -88,11 +87,8 @@ def check_folder(folder: Path) -> None:
     if kind != ARCHITECTURE:
         raise UserError(f"model.path: {folder} is a {kind!r} model; tilestack trains {ARCHITECTURE!r}")
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-    else:
-        shards = ["model.safetensors"]
-    for shard in shards:
+    shards = read_json(index).get("weight_map", {}).values() if index.is_file() else ["model.safetensors"]
+    for shard in sorted(set(shards)):
         check_safetensors(folder / shard)
 
 

@@ -20,7 +20,7 @@ import yaml
 from tilestack.app.config import Config
 from tilestack.app.errors import UserError
 
-EPILOG = """
+EXAMPLES = """
 Every key can be set in the YAML file (--config) and on the command line, which wins:
   python train.py                                              the preset for this machine
   python train.py --config configs/tiny-cpu.yaml --optimizer.lr 1e-4
@@ -38,8 +38,7 @@ def parser(prog: str) -> jsonargparse.ArgumentParser:
         allow_abbrev=False,
         usage=f"{prog} [--config FILE] [--resume RUN] [--GROUP.KEY VALUE ...]",
         description="Train a Qwen3-MoE: from scratch, or from a Hugging Face checkpoint.",
-        epilog=EPILOG,
-        formatter_class=jsonargparse.DefaultHelpFormatter,
+        print_config=None,
     )
     made.add_argument("--config", action="config", help="YAML file; default: the preset for this machine")
     made.add_argument(
@@ -132,7 +131,10 @@ def keys() -> list[str]:
 def from_tree(tree: Mapping[str, Any]) -> Config:
     """A Config from a nested mapping whose values have the right types."""
     hints = typing.get_type_hints(Config)
-    return Config(**{group: kind(**tree[group]) for group, kind in hints.items() if group in tree})
+    try:
+        return Config(**{group: kind(**tree[group]) for group, kind in hints.items() if group in tree})
+    except ValueError as error:  # the checks of a dataclass in a lower layer
+        raise UserError(str(error)) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -213,17 +215,17 @@ def _headline(kind: type) -> str:
 def _docs_of_keys(kind: type) -> dict[str, str]:
     """The `key: what it is` lines of a dataclass's docstring; deeper indented lines continue the one before."""
     docs: dict[str, str] = {}
-    last = None
+    last: list[str] = []
     names = {leaf.name for leaf in dataclasses.fields(kind)}
     for line in (kind.__doc__ or "").splitlines()[1:]:
-        found = re.match(r"    (?:    )?(\w+): (.+)", line)
-        if found and found[1] in names:
-            last = found[1]
-            docs[last] = found[2].strip()
-        elif last and line.strip():
-            docs[last] += " " + line.strip()
+        found = re.match(r"    ([\w, ]+): (.+)", line)
+        if found and set(found[1].split(", ")) <= names:
+            last = found[1].split(", ")
+            docs |= dict.fromkeys(last, found[2].strip())
+        elif line.strip():
+            docs |= {name: f"{docs[name]} {line.strip()}" for name in last}
         else:
-            last = None
+            last = []
     return docs
 
 

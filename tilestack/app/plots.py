@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:

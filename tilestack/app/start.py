@@ -15,7 +15,7 @@ from tilestack.app.data.documents import Source
 from tilestack.app.data.tokenizer import open_tokenizer
 from tilestack.app.errors import UserError
 from tilestack.app.files import write_text
-from tilestack.app.parse import parse, parser, take_option, to_yaml
+from tilestack.app.parse import EXAMPLES, parse, parser, take_option, to_yaml
 from tilestack.app.presets import preset
 from tilestack.app.processes import from_rank_0, wait_for_all
 from tilestack.distributed import World
@@ -57,6 +57,7 @@ def configure(argv: list[str], prog: str = "train.py") -> tuple[Config, Run | No
     """
     if "-h" in argv or "--help" in argv:
         parser(prog).print_help()
+        print(EXAMPLES)
         raise SystemExit(0)
     file, argv = take_option(argv, "config")
     resume, argv = take_option(argv, "resume")
@@ -125,7 +126,7 @@ def _find_run(resume: str, argv: list[str]) -> Path:
     parent = Path(take_option(argv, "output.folder")[0] or "runs")
     runs = [path.parent for path in parent.glob(f"*/{CONFIG}") if checkpoints.complete(path.parent / "checkpoints")]
     if not runs:
-        raise UserError(f"--resume latest: no run in {parent}/ has a checkpoint (set --output.folder if they lie elsewhere)")
+        raise UserError(
+            f"--resume latest: no run in {parent}/ has a checkpoint (set --output.folder if they lie elsewhere)"
+        )
     return max(runs, key=lambda folder: folder.name)
-
-

@@ -1,7 +1,7 @@
 """Where documents come from. A source hands out any document of an epoch's order again, so that a resume is exact.
 
-Local JSONL and text files are read through once at the start: that finds every broken line before training and leaves an
-index of where each document lies. Parquet files and hub data sets are streamed by `datasets`, shuffled in a buffer.
+Local JSONL and text files are read through once at the start: that finds every broken line before training and leaves
+an index of where each document lies. Parquet files and hub data sets are streamed by `datasets`, shuffled in a buffer.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ class Source(Protocol):
 
     def held_out(self) -> Iterator[str]:
         """The documents that no epoch has."""
+        ...
+
+    def identity(self) -> dict[str, int]:
+        """What tells this text from another: a resume compares it."""
         ...
 
 
@@ -70,7 +74,9 @@ def _open_files(files: list[Path], config: DataConfig) -> Source:
 
 
 class Documents(Protocol):
-    """Documents by number."""
+    """Documents by number. size: of all of them, in characters or bytes."""
+
+    size: int
 
     def __len__(self) -> int: ...
 
@@ -92,13 +98,16 @@ class Indexed:
         self._held_out, self._training = sorted(order[:held_out]), sorted(order[held_out:])
 
     def epoch(self, seed: int, epoch: int, start: int) -> Iterator[str]:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed(_mix(seed, epoch))
         order = torch.randperm(len(self._training), generator=generator)
         for position in order[start:].tolist():
             yield self.documents[self._training[position]]
 
     def held_out(self) -> Iterator[str]:
         return (self.documents[number] for number in self._held_out)
+
+    def identity(self) -> dict[str, int]:
+        return {"documents": len(self.documents), "size": self.documents.size}
 
 
 class Streamed:
@@ -124,11 +133,14 @@ class Streamed:
         self._name = config.source
 
     def epoch(self, seed: int, epoch: int, start: int) -> Iterator[str]:
-        rows = self._rows.skip(self._held_out).shuffle(seed=seed + epoch, buffer_size=SHUFFLE_BUFFER).skip(start)
+        rows = self._rows.skip(self._held_out).shuffle(seed=_mix(seed, epoch), buffer_size=SHUFFLE_BUFFER).skip(start)
         return self._texts(rows)
 
     def held_out(self) -> Iterator[str]:
         return self._texts(self._rows.take(self._held_out))
+
+    def identity(self) -> dict[str, int]:
+        return {}  # counting would mean to read it all
 
     def _texts(self, rows) -> Iterator[str]:
         for row in rows:
@@ -138,6 +150,10 @@ class Streamed:
             yield text
 
 
+def _mix(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch
+
+
 class _PydocTopics:
     """The chapters of Python's language reference that `help()` shows: real text that every Python carries."""
 
@@ -145,6 +161,7 @@ class _PydocTopics:
         from pydoc_data.topics import topics
 
         self._texts = [topics[name] for name in sorted(topics)]
+        self.size = sum(map(len, self._texts))
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -165,6 +182,7 @@ class _Files:
                 self._file.append(number)
                 self._offset.append(offset)
                 self._length.append(length)
+        self.size = sum(self._length)
         if not self._file:
             raise UserError(f"data.source: {', '.join(map(str, files))}: no document has any text")
 
@@ -184,9 +202,8 @@ def _scan_jsonl(path: Path, key: str) -> Iterator[tuple[int, int]]:
     offset = 0
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if line.strip():
-                if _text_of(line, key, f"{path}:{number}"):
-                    yield offset, len(line)
+            if line.strip() and _text_of(line, key, f"{path}:{number}"):
+                yield offset, len(line)
             offset += len(line)
 
 

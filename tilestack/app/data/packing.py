@@ -70,15 +70,15 @@ class PackedLoader:
         source: Source,
         tokenizer: PreTrainedTokenizerBase,
         data: DataConfig,
+        rank: int,
+        world_size: int,
         micro_batches: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        position: Position = Position(),  # noqa: B008 (frozen)
+        position: Position | None = None,
     ):
         self._source, self._tokenizer, self._data, self._seed = source, tokenizer, data, seed
         self._micro_batches, self._rank, self._world_size = micro_batches, rank, world_size
-        self._start = position
+        self._start = position or Position()
 
     def __iter__(self) -> Iterator[StepBatch]:
         packs = self._packs()
@@ -130,9 +130,9 @@ def held_out_batches(
     source: Source,
     tokenizer: PreTrainedTokenizerBase,
     data: DataConfig,
+    rank: int,
+    world_size: int,
     limit: int,
-    rank: int = 0,
-    world_size: int = 1,
 ) -> list[MicroBatch]:
     """This rank's share of the held-out documents: at most `limit` micro-batches over all ranks, as many on each rank.
 

@@ -44,5 +44,3 @@ def train_bpe(source: Source, vocab_size: int) -> PreTrainedTokenizerFast:
     documents = itertools.islice(source.epoch(seed=0, epoch=0, start=0), TRAINING_DOCUMENTS)
     tokenizer.train_from_iterator(documents, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
-
-
