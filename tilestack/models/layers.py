@@ -1,0 +1,145 @@
+"""The layers of Qwen3-MoE over our ops; each takes the place of transformers' class of the same name."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3_moe import modeling_qwen3_moe as original
+
+from tilestack.kernels import RouterOutput, linear_cross_entropy, qk_norm_rope, rms_norm, router, swiglu
+from tilestack.models.registration import NAME, autocast, kernels_of
+from tilestack.models.replacement import replaces
+
+
+@replaces(original.Qwen3MoeRMSNorm)
+class Qwen3MoeRMSNorm(original.Qwen3MoeRMSNorm):
+    def forward(
+        self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Normalise [..., H]; with a residual, add it first and return (normalised, sum)."""
+        if residual is not None:  # autocast gives an update in bf16 beside a residual stream in float32
+            hidden_states = hidden_states.to(residual.dtype)
+        weight = self.weight.to(hidden_states.dtype)
+        choice = kernels_of(self).rms_norm
+        return rms_norm(hidden_states, weight, residual=residual, eps=self.variance_epsilon, implementation=choice)
+
+
+@replaces(original.Qwen3MoeAttention)
+class Qwen3MoeAttention(original.Qwen3MoeAttention):
+    """Reads the weights of q_norm and k_norm itself, so for ZeRO-3 it is a leaf."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+        rows = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (project(hidden_states).view(rows) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = qk_norm_rope(
+            q,
+            k,
+            self.q_norm.weight.to(q.dtype),
+            self.k_norm.weight.to(q.dtype),
+            *position_embeddings,
+            eps=self.q_norm.variance_epsilon,
+            implementation=kernels_of(self).qk_norm_rope,
+        )
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # views: nothing is copied
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, original.eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        out, weights = attend(
+            self, q, k, v, attention_mask,
+            dropout=dropout, scaling=self.scaling, sliding_window=self.sliding_window, **kwargs,
+        )  # fmt: skip
+        return self.o_proj(out.flatten(2)), weights
+
+
+@replaces(original.Qwen3MoeMLP)
+class Qwen3MoeMLP(original.Qwen3MoeMLP):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up, implementation=kernels_of(self).swiglu))
+
+
+@replaces(original.Qwen3MoeTopKRouter)
+class Qwen3MoeTopKRouter(original.Qwen3MoeTopKRouter):
+    def forward(
+        self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, RouterOutput]:
+        """(logits [T, E], what the router op gives); the statistics count the tokens of token_mask [T]."""
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        routed = router(
+            logits,
+            top_k=self.top_k,
+            normalize=self.norm_topk_prob,
+            token_mask=token_mask,
+            implementation=kernels_of(self).router,
+        )
+        return logits, routed
+
+
+@replaces(original.Qwen3MoeSparseMoeBlock)
+class Qwen3MoeSparseMoeBlock(original.Qwen3MoeSparseMoeBlock):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        router_statistics: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, S, H] -> [B, S, H]; with router_statistics also tokens_per_expert [E] and probability_sum [E]."""
+        x = hidden_states.view(-1, hidden_states.shape[-1])
+        _, routed = self.gate(x, token_mask)
+        ids, weights = routed.topk_ids, routed.topk_weights
+        if self.experts.config._experts_implementation != NAME:
+            ids, weights = ids.long(), weights.to(x.dtype)
+        out = self.experts(x, ids, weights).view_as(hidden_states)
+        return (out, routed.tokens_per_expert, routed.probability_sum) if router_statistics else out
+
+
+@replaces(original.Qwen3MoeDecoderLayer)
+class Qwen3MoeDecoderLayer(original.Qwen3MoeDecoderLayer):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        token_mask: torch.Tensor | None = None,
+        router_statistics: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[B, S, H] -> [B, S, H]; with router_statistics an MoE layer also gives its two statistics.
+
+        They are results, not a side effect, so that reentrant checkpointing gives them gradients.
+        """
+        update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        normalised, residual = self.post_attention_layernorm(update, residual=hidden_states)
+        if not isinstance(self.mlp, original.Qwen3MoeSparseMoeBlock):
+            return residual + self.mlp(normalised)
+        if not router_statistics:
+            return residual + self.mlp(normalised)
+        update, *statistics = self.mlp(normalised, token_mask, router_statistics=True)
+        return residual + update, *statistics
+
+
+@replaces(nn.Linear, only="lm_head")
+class LMHead(nn.Linear):
+    """The LM head and the loss in one module: where ZeRO-3 gathers the weight, it is there for both."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        num_items: float | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [..., V]; with labels [...] (nothing is shifted here) the cross entropy instead, without the logits.
+
+        num_items divides the summed loss; None divides by the number of labels that are not -100.
+        """
+        if labels is None:
+            return super().forward(hidden_states)
+        hidden, weight = autocast(hidden_states.flatten(0, -2), self.weight)
+        choice = kernels_of(self).linear_cross_entropy
+        return linear_cross_entropy(hidden, weight, labels.flatten(), num_items=num_items, implementation=choice)
+
+
+# Modules that read their children's parameters themselves: DeepSpeed gathers these whole (set_z3_leaf_modules).
+ZERO3_LEAF_CLASSES = (Qwen3MoeAttention, Qwen3MoeSparseMoeBlock)
