@@ -17,7 +17,7 @@ import torch
 
 from tilestack.kernels import checks
 from tilestack.kernels.attention.layout import empty_lse
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 
@@ -51,7 +51,7 @@ CONTRACT = Contract(
     _fake,
     constants=("lse",),
 )
-OP = Op(CONTRACT, (reference("attention"),))
+OP = Op(CONTRACT, (portable("attention"), reference("attention")))
 
 
 def attention(

@@ -1,0 +1,70 @@
+"""Tile choices of the Triton kernels as data.
+
+Chosen from registers, spills and shared memory of the compiled kernels (README.md lists them); to be settled by
+measurements on each GPU.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tilestack.kernels.device import Device
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """block_m queries by block_n keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of the three kernels."""
+
+    forward: Tile
+    dq: Tile
+    dk_dv: Tile
+
+
+# by the padded head dimension, for 16-bit dtypes
+HOPPER = {
+    64: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    256: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+}
+AMPERE = {
+    64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+}
+SMALL = {  # consumer GPUs (about 100 KiB of shared memory), AMD (64 KiB), the unknown
+    64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
+    128: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
+    256: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+}
+FLOAT32 = {  # no tensor cores: products are made of fused multiply-adds
+    64: Tiles(Tile(64, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    128: Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
+    256: Tiles(Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+}
+INTERPRETER = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
+LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103")
+
+
+def tiles(device: Device, block_d: int, itemsize: int) -> Tiles:
+    """The tiles for a head dimension padded to `block_d` and elements of `itemsize` bytes."""
+    if device.type == "cpu":
+        return INTERPRETER
+    if itemsize == 4:
+        table = FLOAT32
+    elif device.arch == "sm_80":
+        table = AMPERE
+    else:
+        table = HOPPER if device.arch in LARGE_SHARED_MEMORY else SMALL
+    return table[max(64, block_d)]
