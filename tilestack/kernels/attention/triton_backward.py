@@ -117,7 +117,7 @@ def _add_dk_dv(
         lse = load_lse(lse_ptr + rows, rows < length_q)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         weights = tl.exp2(scores * scale - lse[None, :])
-        if HAS_LEFT or HAS_RIGHT:
+        if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102  (decided when it is compiled)
             if (start < full_begin) | (start >= full_end):
                 visible = sees(rows[None, :], keys[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT)
                 weights = tl.where(visible, weights, 0.0)
@@ -157,23 +157,31 @@ def attention_bwd_dk_dv_kernel(
     start_k = tl.cast(start_k, tl.int64)
     k_ptr += batch * stride_kb + start_k * stride_ks + kv_head * stride_kh
     v_ptr += batch * stride_vb + start_k * stride_vs + kv_head * stride_vh
+    head = kv_head * GROUP
+    q_ptr += batch * stride_qb + start_q * stride_qs + head * stride_qh
+    dout_ptr += batch * stride_dob + start_q * stride_dos + head * stride_doh
+    offs_lse = (batch * n_kv_heads * GROUP + head) * total_q + start_q
+    lse_ptr += offs_lse
+    delta_ptr += offs_lse
+    offset = ((batch * total_k + start_k) * n_kv_heads + kv_head) * HEAD_DIM
+    dk_ptr += offset
+    dv_ptr += offset
     k = load_rows(k_ptr, first, stride_ks, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, first, stride_vs, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     keys = first + tl.arange(0, BLOCK_N)
     scale = softmax_scale * 1.4426950408889634  # log2 e
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(GROUP):
-        head = kv_head * GROUP + member
-        q_head = q_ptr + batch * stride_qb + start_q * stride_qs + head * stride_qh
-        dout_head = dout_ptr + batch * stride_dob + start_q * stride_dos + head * stride_doh
-        offs_lse = (batch * n_kv_heads * GROUP + head) * total_q + start_q
+    for _member in range(GROUP):
         dk, dv = _add_dk_dv(
-            dk, dv, k, v, q_head, dout_head, lse_ptr + offs_lse, delta_ptr + offs_lse, stride_qs, stride_dos,
+            dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, stride_qs, stride_dos,
             keys, begin, full_begin, full_end, end, shift, length_q, length_k, scale, left, right,
             HEAD_DIM, BLOCK_D, BLOCK_M, HAS_LEFT, HAS_RIGHT, PRECISION,
         )  # fmt: skip
+        q_ptr += stride_qh
+        dout_ptr += stride_doh
+        lse_ptr += total_q
+        delta_ptr += total_q
     stride_s = n_kv_heads * HEAD_DIM
-    offset = (batch * total_k + start_k) * stride_s + kv_head * HEAD_DIM
-    store_rows(dk_ptr + offset, first, stride_s, length_k, dk * softmax_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
-    store_rows(dv_ptr + offset, first, stride_s, length_k, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dk_ptr, first, stride_s, length_k, dk * softmax_scale, BLOCK_N, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr, first, stride_s, length_k, dv, BLOCK_N, HEAD_DIM, BLOCK_D)
