@@ -164,7 +164,10 @@ def _define_forward(contract: Contract, module: ModuleType, name: str, backward_
         named = dict(zip(contract.input_names, tensors, strict=True))
         named.update(zip(result_names, results, strict=True))
         ctx.save_for_backward(*[_pick(named, each) for each in module.SAVED])
-        ctx.mark_non_differentiable(*[named[each] for each in (*contract.constants, *module.AUXILIARY)])
+        # an output that does not exist for this call has shape [0]; nothing may flow back from it
+        absent = [each for each in contract.outputs if named[each].shape == (0,) and tensors[0].numel()]
+        constants = {*contract.constants, *module.AUXILIARY, *absent}
+        ctx.mark_non_differentiable(*[named[each] for each in result_names if each in constants])
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
