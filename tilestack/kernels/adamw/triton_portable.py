@@ -37,7 +37,9 @@ def adamw_kernel(
     weights_ptr = param_ptr if master_ptr is None else master_ptr
     weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if grad_scale_ptr is not None:
-        grad *= tl.load(grad_scale_ptr).to(tl.float32)
+        grad_scale = tl.full([BLOCK], tl.load(grad_scale_ptr).to(tl.float32), tl.float32)
+        grad *= grad_scale
+        mask &= grad_scale == grad_scale  # NaN: the step is left out; masking the stores alone keeps the loads early
 
     exp_avg += one_minus_beta1 * (grad - exp_avg)
     exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad

@@ -1,0 +1,157 @@
+"""The dispatcher's rules, one sentence each."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from tilestack.kernels import UnsupportedError, dispatch, ops, rms_norm
+from tilestack.kernels.device import Device
+from tilestack.kernels.dispatch import Call, Implementation, Op, TensorSpec
+from tilestack.kernels.registration import Contract
+from tilestack.kernels.rms_norm.op import OP, RMSNormParams
+from tilestack.testing.cases import all_cases
+
+CPU = Device("cpu", "cpu", "a CPU")
+GPUS = [
+    Device("cuda", "sm_80", "A100"),
+    Device("cuda", "sm_90", "H100"),
+    Device("cuda", "sm_100", "B200"),
+    Device("cuda", "sm_120", "RTX PRO 6000"),
+    Device("cuda", "gfx942", "MI300X"),
+]
+on_every_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
+
+
+def _call(device: Device, dtype: torch.dtype = torch.bfloat16, hidden: int = 64) -> Call:
+    x, weight = TensorSpec.contiguous((4, hidden), dtype), TensorSpec.contiguous((hidden,), dtype)
+    return Call(device, {"x": x, "weight": weight, "residual": None}, RMSNormParams(1e-6), needs_grad=True)
+
+
+def _grid_calls(monkeypatch) -> list[tuple[str, Op, Call, str]]:
+    """(op and case, op, call, chosen implementation) of what the public functions ask for over all small cases."""
+    found, choose, case_name = [], Op.choose, ""
+
+    def recording(op, call, implementation=None):
+        chosen = choose(op, call, implementation)
+        found.append((case_name, op, call, chosen.name))
+        return chosen
+
+    monkeypatch.setattr(Op, "choose", recording)
+    for op_name, cases in all_cases().items():
+        for case in cases.cases:
+            if not case.gpu_only:
+                case_name = f"{op_name}: {case.name}"
+                tensors = case.make(cases.dtypes[-1], torch.device("cpu"), torch.Generator().manual_seed(0))
+                cases.call(tensors, case.arguments, None)
+    monkeypatch.undo()
+    return found
+
+
+def test_on_a_cpu_the_automatic_choice_is_the_reference(monkeypatch):
+    calls = _grid_calls(monkeypatch)
+    assert {op.contract.op for _, op, _, _ in calls} == set(all_cases())
+    assert {chosen for _, _, _, chosen in calls} == {"reference"}
+
+
+@on_every_gpu
+def test_on_a_gpu_the_automatic_choice_takes_every_case_of_the_grid_and_never_the_reference(monkeypatch, gpu):
+    for name, op, call, _ in _grid_calls(monkeypatch):
+        chosen = op.choose(dataclasses.replace(call, device=gpu))
+        assert chosen.name != "reference", name
+
+
+@on_every_gpu
+def test_on_a_gpu_where_every_fast_implementation_refuses_the_error_has_every_reason(gpu):
+    with pytest.raises(UnsupportedError) as error:
+        OP.choose(_call(gpu, torch.float64))
+    assert "rms_norm: no fast implementation takes this call" in str(error.value)
+    assert "tilestack-triton: has no float64 path" in str(error.value)
+    assert "implementation='reference'" in str(error.value)
+
+
+@on_every_gpu
+def test_the_reference_runs_on_a_gpu_when_asked_for_by_name(gpu):
+    assert OP.choose(_call(gpu), "reference").name == "reference"
+
+
+def test_an_implementation_asked_for_by_name_never_falls_back_and_says_why():
+    with pytest.raises(UnsupportedError, match=r"'tilestack-triton' cannot take this call: keeps a row .* got 32768"):
+        OP.choose(_call(GPUS[0], hidden=32768), "tilestack-triton")
+
+
+def test_a_triton_kernel_asked_for_on_a_cpu_says_how_to_interpret_it(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UnsupportedError, match=r"runs on cuda, the tensors are on cpu \(set TRITON_INTERPRET=1"):
+        rms_norm(torch.ones(2, 4), torch.ones(4), implementation="tilestack-triton")
+
+
+def test_the_interpreter_is_taken_only_when_asked_for_by_name(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert OP.choose(_call(CPU)).name == "reference"
+    assert OP.choose(_call(CPU), "tilestack-triton").name == "tilestack-triton"
+
+
+def test_an_unknown_name_is_answered_with_the_nearest_and_all_names():
+    with pytest.raises(UnsupportedError) as error:
+        OP.choose(_call(CPU), "tilestack-tritan")
+    assert "did you mean 'tilestack-triton'?" in str(error.value)
+    assert "'auto', 'tilestack-triton', 'reference'" in str(error.value)
+
+
+def test_auto_and_none_mean_the_same():
+    assert OP.choose(_call(GPUS[0]), "auto") == OP.choose(_call(GPUS[0]), None)
+
+
+def test_reasons_list_every_implementation_and_agree_with_the_choice(monkeypatch):
+    for name, op, call, _ in _grid_calls(monkeypatch):
+        call = dataclasses.replace(call, device=GPUS[1])
+        reasons = op.reasons(call)
+        assert list(reasons) == [each.name for each in op.implementations], name
+        assert reasons[op.choose(call).name] is None
+        for refused, reason in reasons.items():
+            if reason:
+                with pytest.raises(UnsupportedError):
+                    op.choose(call, refused)
+
+
+def test_a_missing_package_is_a_reason_and_not_an_import_error(monkeypatch):
+    monkeypatch.setattr(dispatch, "_OPS", {})
+    vendor = Implementation("vendor", "no.such.module", "vendor", packages=("no_such_package",))
+    op = Op(Contract("made_up", ("x", "weight", "residual?"), ("out",), RMSNormParams, lambda *_: ()), (vendor,))
+    assert op.reasons(_call(GPUS[1])) == {"vendor": "needs the package no_such_package, which is not installed"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "device", "reason"),
+    [
+        (90, None, GPUS[1], None),
+        (90, None, GPUS[0], "needs sm_90 or newer, this is sm_80"),
+        (90, 90, GPUS[2], "is written for sm_90 at most, this is sm_100"),
+        (90, None, GPUS[4], "needs an NVIDIA GPU, this is gfx942"),
+        (None, None, GPUS[4], None),
+    ],
+)
+def test_an_architecture_out_of_range_is_refused_with_both_numbers(low, high, device, reason):
+    made = Implementation("made", "no.module", "made", min_capability=low, max_capability=high)
+    assert made.refuses_machine(device) == reason
+
+
+def test_every_op_ends_with_its_reference_and_has_cases():
+    assert set(ops()) == set(all_cases())
+    for name, op in ops().items():
+        assert op.implementations[-1].name == "reference", name
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 4), (2, 1, 5), (0, 3)])
+def test_the_spec_of_a_tensor_that_does_not_exist_has_the_strides_of_a_contiguous_one(shape):
+    made = torch.empty(shape)
+    assert TensorSpec.contiguous(shape, made.dtype).is_contiguous
+    assert TensorSpec.of(made).is_contiguous
+    if 0 not in shape:
+        assert TensorSpec.contiguous(shape, made.dtype) == TensorSpec.of(made)
+
+
+def test_a_transposed_tensor_is_not_contiguous_and_a_dimension_of_one_does_not_count():
+    assert not TensorSpec.of(torch.empty(3, 4).T).is_contiguous
+    assert TensorSpec.of(torch.empty(3, 4)[:, None].as_strided((3, 1, 4), (4, 99, 1))).is_contiguous
