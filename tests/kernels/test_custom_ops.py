@@ -63,15 +63,17 @@ class _RecordCustomOps(TorchFunctionMode):
 @every_implementation
 def test_the_custom_ops_of_an_implementation_pass_opcheck(op, implementation, case):
     tensors = _tensors(op, implementation, case)
+    for name in op.differentiable:
+        if tensors[name] is not None:
+            tensors[name] = tensors[name].detach().requires_grad_()
     recorder = _RecordCustomOps()
     with recorder:
         op.call(tensors, case.arguments, implementation.name)
     assert recorder.calls, "the public function did not go through a custom op"
     for custom_op, args in recorder.calls:
-        names = [argument.name for argument in custom_op._schema.arguments]
         leaves = [
-            arg.detach().clone().requires_grad_(name in op.differentiable) if isinstance(arg, torch.Tensor) else arg
-            for name, arg in zip(names, args, strict=True)
+            arg.detach().clone().requires_grad_(arg.requires_grad) if isinstance(arg, torch.Tensor) else arg
+            for arg in args
         ]
         torch.library.opcheck(custom_op, leaves)
 

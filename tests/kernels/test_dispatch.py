@@ -21,6 +21,7 @@ GPUS = [
     Device("cuda", "gfx942", "MI300X"),
 ]
 on_every_gpu = pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.arch)
+for_every_op = pytest.mark.parametrize("op_name", sorted(all_cases()))
 
 
 def _call(device: Device, dtype: torch.dtype = torch.bfloat16, hidden: int = 64) -> Call:
@@ -28,37 +29,36 @@ def _call(device: Device, dtype: torch.dtype = torch.bfloat16, hidden: int = 64)
     return Call(device, {"x": x, "weight": weight, "residual": None}, RMSNormParams(1e-6), needs_grad=True)
 
 
-def _grid_calls(monkeypatch) -> list[tuple[str, Op, Call, str]]:
-    """(op and case, op, call, chosen implementation) of what the public functions ask for over all small cases."""
-    found, choose, case_name = [], Op.choose, ""
+def _small_calls(op_name: str, monkeypatch) -> list[tuple[str, Op, Call, str]]:
+    """(case, op, call, automatic choice) of all that the public function asks the dispatcher for in small cases."""
+    cases, choose, found = all_cases()[op_name], Op.choose, []
+    for case in cases.cases:
+        if case.gpu_only:
+            continue
 
-    def recording(op, call, implementation=None):
-        chosen = choose(op, call, implementation)
-        found.append((case_name, op, call, chosen.name))
-        return chosen
+        def recording(op, call, implementation=None, name=case.name):
+            chosen = choose(op, call, implementation)
+            found.append((name, op, call, chosen.name))
+            return chosen
 
-    monkeypatch.setattr(Op, "choose", recording)
-    for op_name, cases in all_cases().items():
-        for case in cases.cases:
-            if not case.gpu_only:
-                case_name = f"{op_name}: {case.name}"
-                tensors = case.make(cases.dtypes[-1], torch.device("cpu"), torch.Generator().manual_seed(0))
-                cases.call(tensors, case.arguments, None)
-    monkeypatch.undo()
+        tensors = case.make(cases.dtypes[-1], torch.device("cpu"), torch.Generator().manual_seed(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Op, "choose", recording)
+            cases.call(tensors, case.arguments, None)
+    assert found, "no case asked the dispatcher"
     return found
 
 
-def test_on_a_cpu_the_automatic_choice_is_the_reference(monkeypatch):
-    calls = _grid_calls(monkeypatch)
-    assert {op.contract.op for _, op, _, _ in calls} == set(all_cases())
-    assert {chosen for _, _, _, chosen in calls} == {"reference"}
+@for_every_op
+def test_on_a_cpu_the_automatic_choice_is_the_reference(op_name, monkeypatch):
+    assert {chosen for _, _, _, chosen in _small_calls(op_name, monkeypatch)} == {"reference"}
 
 
-@on_every_gpu
-def test_on_a_gpu_the_automatic_choice_takes_every_case_of_the_grid_and_never_the_reference(monkeypatch, gpu):
-    for name, op, call, _ in _grid_calls(monkeypatch):
-        chosen = op.choose(dataclasses.replace(call, device=gpu))
-        assert chosen.name != "reference", name
+@for_every_op
+def test_on_a_gpu_the_automatic_choice_takes_every_case_of_the_grid_and_never_the_reference(op_name, monkeypatch):
+    for name, op, call, _ in _small_calls(op_name, monkeypatch):
+        for gpu in GPUS:
+            assert op.choose(dataclasses.replace(call, device=gpu)).name != "reference", (name, gpu)
 
 
 @on_every_gpu
@@ -103,16 +103,16 @@ def test_auto_and_none_mean_the_same():
     assert OP.choose(_call(GPUS[0]), "auto") == OP.choose(_call(GPUS[0]), None)
 
 
-def test_reasons_list_every_implementation_and_agree_with_the_choice(monkeypatch):
-    for name, op, call, _ in _grid_calls(monkeypatch):
+@for_every_op
+def test_reasons_list_every_implementation_and_agree_with_the_choice(op_name, monkeypatch):
+    for name, op, call, _ in _small_calls(op_name, monkeypatch):
         call = dataclasses.replace(call, device=GPUS[1])
         reasons = op.reasons(call)
         assert list(reasons) == [each.name for each in op.implementations], name
         assert reasons[op.choose(call).name] is None
-        for refused, reason in reasons.items():
-            if reason:
-                with pytest.raises(UnsupportedError):
-                    op.choose(call, refused)
+        for refused in [each for each, reason in reasons.items() if reason]:
+            with pytest.raises(UnsupportedError):
+                op.choose(call, refused)
 
 
 def test_a_missing_package_is_a_reason_and_not_an_import_error(monkeypatch):
