@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
+from tilestack.kernels.device import Device
+
 MAX_TOP_K = 16  # the sum over a token's routes is unrolled
-SWIGLU_BLOCK = 1024  # elements of a row that the element-wise pass of the backward takes at a time
+BLOCK_UNITS = 1024  # units of a row that the element-wise pass of the backward takes at a time
+BLOCK_HIDDEN = 1024  # elements of a row that one program of the combination sums
+ROW_WARPS = 4  # of both: 8 elements a thread, loaded at once
+ROW_BLOCKS_CHUNK = 32  # row blocks whose expert one program looks up
 
 
 @dataclass(frozen=True)
@@ -21,9 +28,12 @@ class Tile:
 
 @dataclass(frozen=True)
 class Tiles:
-    """up: the product into 2I with its activation (n counts gate and up columns together, so half as many units);
-    rows: the other products over an expert's rows (down, and both of the backward);
-    weights: the products that contract over an expert's rows, which give the weights' gradients.
+    """The three kinds of product.
+
+    up: into 2I, with its activation; n counts gate and up columns together.
+    rows: the other products over an expert's rows (down, and the two of the backward).
+    weights: those that contract over an expert's rows, which give the gradients of the weights.
+    up and rows have the same m: they share one cutting of the rows into blocks.
     """
 
     up: Tile
@@ -31,8 +41,20 @@ class Tiles:
     weights: Tile
 
 
-_INTERPRETER = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 16, 4, 1))
-_FLOAT32 = Tiles(Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2), Tile(64, 64, 32, 4, 2))
-_LARGE = Tiles(Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3), Tile(128, 256, 64, 8, 3))
-_MIDDLE = Tiles(Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3), Tile(128, 128, 32, 8, 3))
-_SMALL = Tiles(Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2), Tile(128, 128, 32, 8, 2))
+def _same(tile: Tile) -> Tiles:
+    return Tiles(tile, tile, tile)
+
+
+_INTERPRETER = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 16, 4, 1))  # loops run more than once
+_FLOAT32 = _same(Tile(64, 64, 32, 4, 2))  # exact products are not for tensor cores: registers decide
+_LARGE = _same(Tile(128, 256, 64, 8, 3))  # 144 KiB of shared memory
+_MIDDLE = _same(Tile(128, 128, 32, 8, 3))  # 48 KiB
+
+
+def tiles(device: Device, dtype: torch.dtype) -> Tiles:
+    """The tiles for a device and the dtype of x."""
+    if device.type == "cpu":
+        return _INTERPRETER
+    if dtype == torch.float32:
+        return _FLOAT32
+    return _LARGE if device.arch in ("sm_80", "sm_90", "sm_100", "sm_103") else _MIDDLE

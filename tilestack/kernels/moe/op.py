@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, reference
+from tilestack.kernels.dispatch import Op, portable, reference
 from tilestack.kernels.registration import Contract
 from tilestack.kernels.sort_routes.op import check_ids
 
@@ -29,7 +29,7 @@ def _fake(x: torch.Tensor, *_) -> tuple:
 
 
 CONTRACT = Contract("moe", ("x", "gate_up", "down", "topk_ids", "topk_weights?"), ("out",), MoEParams, _fake)
-OP = Op(CONTRACT, (reference("moe"),))
+OP = Op(CONTRACT, (portable("moe"), reference("moe")))
 
 
 def moe(
@@ -62,6 +62,7 @@ def moe(
     checks.rank("moe", "down", down, (3,), "[E, H, I]")
     tokens, hidden = x.shape
     experts, _, intermediate = down.shape
+    checks.at_least("moe", "the E of down [E, H, I]", experts, 1)
     checks.shape("moe", "down", down, (experts, hidden, intermediate), "[E, H, I], H the width of x")
     checks.shape("moe", "gate_up", gate_up, (experts, 2 * intermediate, hidden), "[E, 2I, H], E and I from down")
     check_ids("moe", topk_ids)

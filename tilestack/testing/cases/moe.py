@@ -57,7 +57,7 @@ CASES = OpCases(
     differentiable=("x", "gate_up", "down", "topk_weights"),
     cases=(
         Case("plain", "the common case", _make(37, 64, 48, 4, 2)),
-        Case("one token", "most experts are empty", _make(1, 32, 16, 8, 2)),
+        Case("one token", "most experts are empty", _make(1, 64, 48, 20, 16)),
         Case("one route a token", "rows that other ranks dispatched", _make(19, 32, 32, 3, 1, weighted=False)),
         Case("sixteen routes a token", "the largest K", _make(5, 16, 16, 20, 16)),
         Case("one expert takes all", "several row blocks of one expert", _make(40, 32, 32, 5, 2, _one_takes_all)),
@@ -67,7 +67,8 @@ CASES = OpCases(
         Case("no tokens", "an empty batch", _make(0, 32, 32, 4, 2)),
         Case("strided", "x is a slice of a wider tensor", _make(9, 32, 32, 4, 2, strided=True)),
         Case("wide", "several tiles in every dimension, none full", _make(50, 80, 112, 2, 2)),
-        Case("many experts", "E = 512, most without a token", _make(6, 16, 16, 512, 4)),
+        Case("many experts", "more than tokens, and E is no power of two", _make(6, 16, 16, 140, 4)),
+        Case("512 experts", "the largest E", _make(600, 32, 32, 512, 4), gpu_only=True),
         Case("Qwen3-30B-A3B", "the real shape of an expert", _make(1000, 2048, 768, 16, 8), gpu_only=True),
     ),
 )
