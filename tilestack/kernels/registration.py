@@ -51,6 +51,8 @@ class Contract:
     gradient_like: for an input whose gradient has another tensor's shape and dtype when the input itself is not
         saved, the name of that saved tensor.
     constants: outputs that no gradient flows through; if all are, the op has no backward.
+    shared_gradients: pairs of inputs whose gradients are equal, as of the terms of a sum. `backward` is asked for the
+        second alone where both are wanted: a custom op must not return a tensor twice, and autograd may.
     """
 
     op: str
@@ -60,6 +62,7 @@ class Contract:
     fake: Callable[..., tuple[torch.Tensor, ...]]
     gradient_like: tuple[tuple[str, str], ...] = ()
     constants: tuple[str, ...] = ()
+    shared_gradients: tuple[tuple[str, str], ...] = ()
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -171,14 +174,16 @@ def _define_forward(contract: Contract, module: ModuleType, name: str, backward_
         ctx.set_materialize_grads(False)
 
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        needs = list(ctx.needs_input_grad[:n_inputs])
+        needed = dict(zip(contract.input_names, ctx.needs_input_grad[:n_inputs], strict=True))
+        twins = {name: other for name, other in contract.shared_gradients if needed[name] and needed[other]}
+        needs = [need and name not in twins for name, need in needed.items()]
         wanted = iter(())
         outputs = grads[: len(contract.outputs)]
         if any(grad is not None for grad in outputs):
             params = [getattr(ctx.params, each) for each in fields]
             wanted = iter(_overload(backward_name)(list(outputs), list(ctx.saved_tensors), needs, *params))
-        gradients = [next(wanted, None) if need else None for need in needs]
-        return (*gradients, *[None] * len(fields))
+        found = {name: next(wanted, None) if need else None for name, need in zip(needed, needs, strict=True)}
+        return (*[found[twins.get(name, name)] for name in needed], *[None] * len(fields))
 
     _define(name, schema, kernel, fake)
     if contract.differentiable:

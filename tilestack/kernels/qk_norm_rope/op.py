@@ -60,6 +60,7 @@ def qk_norm_rope(
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     _check(q, k, q_weight, k_weight, cos, sin)
+    checks.at_least("qk_norm_rope", "eps", eps, 0)
     return OP((q, k, q_weight, k_weight, cos.detach(), sin.detach()), QKNormRopeParams(eps), implementation)
 
 

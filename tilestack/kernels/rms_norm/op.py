@@ -29,7 +29,13 @@ def _fake(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, 
 
 
 CONTRACT = Contract(
-    "rms_norm", ("x", "weight", "residual?"), ("out", "residual_out"), RMSNormParams, _fake, (("residual", "x"),)
+    "rms_norm",
+    ("x", "weight", "residual?"),
+    ("out", "residual_out"),
+    RMSNormParams,
+    _fake,
+    gradient_like=(("residual", "x"),),
+    shared_gradients=(("residual", "x"),),
 )
 OP = Op(CONTRACT, (portable("rms_norm"), reference("rms_norm")))
 
@@ -52,6 +58,9 @@ def rms_norm(
     Returns `out` like x, or with a residual `(out, residual_out)`. Differentiable in x, weight and residual.
     Raises ValueError for wrong shapes, dtypes or devices.
     """
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"rms_norm: x must be [..., H], H at least 1, got {list(x.shape)}")
+    checks.at_least("rms_norm", "eps", eps, 0)
     checks.floating("rms_norm", x=x)
     checks.same_dtype("rms_norm", x=x, weight=weight, residual=residual)
     checks.same_device("rms_norm", x=x, weight=weight, residual=residual)
