@@ -1,0 +1,89 @@
+"""Every Triton kernel compiles for every target within its budgets, on a machine without a GPU."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton exists for Linux only")
+
+from tilestack.kernels import ops
+from tilestack.testing import offline
+from tilestack.testing.cases import all_cases
+
+ROOT = Path(__file__).parents[2]
+QUICK = ("sm_80", "sm_90", "gfx942")
+REST = tuple(name for name in offline.TARGETS if name not in QUICK)
+OPS = [op for op in all_cases() if any(each.name == offline.IMPLEMENTATION for each in ops()[op].implementations)]
+# (kernel, target): how many spills are allowed, and why. A smaller number that holds must be written down.
+ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {}
+
+
+def run_compiling(*command: str) -> dict:
+    """Run a Python program whose kernels are compiled, not interpreted; returns the JSON object that it prints."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)} failed:\n{done.stderr[-4000:]}"
+    return json.loads(done.stdout)
+
+
+def check(op: str, targets: tuple[str, ...]) -> None:
+    """One process for all checks of an op: starting it and compiling take the time."""
+    flags = [flag for target in targets for flag in ("--target", target)]
+    found = run_compiling("-m", "tilestack.testing.offline", op, "--json", *flags)
+    compiled = [offline.Compiled(**each) for each in found["compiled"]]
+    assert {each.target for each in compiled} == set(targets)
+    problems = [line for each in compiled for line in each.violations(allowed_spills(each))]
+    problems += found["lost_variables"]
+    problems += [f"{name} is compiled by no case" for name in found["unreached"]]
+    assert not problems, "\n".join(problems)
+
+
+def allowed_spills(each: offline.Compiled) -> int:
+    return ALLOWED_SPILLS.get((each.kernel, each.target), (0, ""))[0]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_compiles_within_its_budgets_and_drops_no_loop_variable(op):
+    check(op, QUICK)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_every_kernel_compiles_within_its_budgets_on_the_other_targets(op):
+    check(op, REST)
+
+
+def test_planted_faults_are_found():
+    found = run_compiling(str(Path(__file__).with_name("planted_kernels.py")))
+    assert found["lost"] == {
+        "lost_in_a_later_iteration": ["previous"],
+        "lost_after_the_loop": ["previous"],
+        "lost_under_a_condition": ["previous"],
+        "harmless_temporary": [],
+        "properly_carried": [],
+    }
+    (broken,) = found["violations"]
+    assert "spills" in broken and "spilling on sm_90" in broken
+    assert found["unreached"] == ["rms_norm_bwd_kernel", "rms_norm_fwd_kernel"]
+
+
+def test_amd_spills_are_read_from_the_assembly():
+    text = "    .sgpr_spill_count: 2\n    .vgpr_count:     512\n    .vgpr_spill_count: 7\n"
+    assert offline.amd_usage(text) == (512, 7)
+
+
+def test_each_budget_is_enforced():
+    fine = offline.Compiled("op", "kernel", "sm_120", "case", "", 4, 3, 255, 0, 99 * 1024, 1.0)
+    assert fine.violations() == []
+    worse = dataclasses.replace(fine, registers=256, spills=3, shared_bytes=99 * 1024 + 1)
+    assert [line.split(": ")[1].split(",")[0] for line in worse.violations(allowed_spills=2)] == [
+        "256 registers a thread",
+        "3 spills",
+        "101377 bytes of shared memory",
+    ]
