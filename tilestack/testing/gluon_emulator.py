@@ -1,17 +1,18 @@
 """Runs Hopper Gluon kernels on the CPU: the very functions that are compiled for the GPU, over torch tensors.
 
-Each partition of a warp-specialised kernel is a thread. What the hardware does late is late here too:
+Each partition of a warp-specialised kernel is a thread, of which one runs at a time; it goes on until it waits, and then
+the others go as far as they can. What the hardware may do late is late here:
 
-* TMA loads and cp.async fill their buffer with NaN when issued and with data some time later, and count their bytes on
-  the mbarrier then;
-* wgmma runs as late as its wait allows (`late=True`), so that it reads what its buffers hold by then;
+* TMA loads and cp.async fill their buffer with NaN when issued, and with data only when somebody waits at their
+  mbarrier;
+* wgmma runs only at its wait, after every other partition has gone as far as it can: who releases a buffer too early is
+  overtaken;
 * TMA stores and reductions read their buffer as late as their wait allows;
-* shared memory is NaN until it is written;
-* an mbarrier or named barrier that nobody completes is a DeadlockError after `timeout` seconds.
+* shared memory is NaN until it is written.
 
 A missing wait, an early release, a forgotten arrival, a store that overtakes: each shows as NaN, wrong numbers, a
-DeadlockError or a ProtocolError. Not modelled: layouts, bank conflicts, proxy fences, and races between the warpgroups
-of one partition, which is one thread here.
+DeadlockError or a ProtocolError, and the same `seed` shows it again. Not modelled: layouts, bank conflicts, proxy
+fences, and races between the warpgroups of one partition, which is one thread here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import random
 import threading
-import time
 import types
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -33,53 +33,122 @@ from tilestack.kernels import _gluon
 
 
 class DeadlockError(AssertionError):
-    """A wait that nothing completed."""
+    """Every partition waits for another."""
 
 
 class ProtocolError(AssertionError):
     """A barrier or queue was used in a way that the hardware does not survive."""
 
 
-class Mbarrier:
-    """One mbarrier: arrivals and bytes outstanding in the current phase, and how many phases are done."""
+class Scheduler:
+    """Runs partitions as threads, one at a time, in an order that depends on the seed alone."""
 
-    def __init__(self, timeout: float):
+    def __init__(self, seed: int):
+        self.random = random.Random(seed)
         self.changed = threading.Condition()
-        self.timeout = timeout
+        self.here = threading.local()
+        self.ready: dict[int, tuple[Callable[[], bool], str]] = {}
+        self.turn: int | None = None
+        self.failure: BaseException | None = None
+
+    def run(self, bodies: list[Callable[[], None]]) -> None:
+        """Run every body to its end; raises the first failure."""
+        self.ready = {number: (lambda: True, "its start") for number in range(len(bodies))}
+        self.failure = None
+        threads = [threading.Thread(target=self._thread, args=each, daemon=True) for each in enumerate(bodies)]
+        for thread in threads:
+            thread.start()
+        with self.changed:
+            self._pass_on()
+        for thread in threads:
+            thread.join()
+        if self.failure:
+            raise self.failure
+
+    def wait(self, until: Callable[[], bool], what: str, others_first: bool = False) -> None:
+        """Let others run until `until()`; others_first: until they have gone as far as they can."""
+        me = getattr(self.here, "number", None)
+        if me is None:  # outside warp_specialize there is nobody else
+            if not until():
+                raise DeadlockError(f"waits for {what}")
+            return
+        with self.changed:
+            self.ready[me] = (until, what)
+            self._pass_on(last=me if others_first else None)
+            self.changed.wait_for(lambda: self.turn == me or self.failure)
+            if self.failure:
+                raise self.failure
+            del self.ready[me]
+
+    def _thread(self, number: int, body: Callable[[], None]) -> None:
+        self.here.number = number
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == number or self.failure)
+            del self.ready[number]
+        try:
+            if not self.failure:
+                body()
+        except BaseException as failure:  # raised again by `run`
+            self.failure = self.failure or failure
+        with self.changed:
+            self._pass_on()
+
+    def _pass_on(self, last: int | None = None) -> None:
+        runnable = [number for number, (until, _) in self.ready.items() if until()]
+        if last in runnable and len(runnable) > 1:
+            runnable.remove(last)
+        self.turn = self.random.choice(runnable) if runnable else None
+        if self.ready and not runnable and not self.failure:
+            waits = "; ".join(f"partition {number} waits for {what}" for number, (_, what) in self.ready.items())
+            self.failure = DeadlockError(waits)
+        self.changed.notify_all()
+
+
+class Mbarrier:
+    """One mbarrier: arrivals and bytes due in the current phase, transfers under way, and how many phases are done."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
         self.expected = self.arrived = self.bytes = self.phases = 0
+        self.transfers: list[Callable[[], None]] = []  # each ends when somebody waits here
 
     def arrive(self, count: int = 1, new_bytes: int = 0) -> None:
-        with self.changed:
-            self.arrived += count
-            self.bytes += new_bytes
-            if self.arrived > self.expected:
-                raise ProtocolError(f"mbarrier: {self.arrived} arrivals, {self.expected} expected")
-            self._complete()
+        self.arrived += count
+        self.bytes += new_bytes
+        if self.arrived > self.expected:
+            raise ProtocolError(f"mbarrier: {self.arrived} arrivals, {self.expected} expected")
+        self._complete()
 
     def received(self, n_bytes: int) -> None:
-        with self.changed:
-            self.bytes -= n_bytes
-            self._complete()
+        self.bytes -= n_bytes
+        self._complete()
 
     def _complete(self) -> None:
         if self.arrived == self.expected and self.bytes == 0:
             self.arrived = 0
             self.phases += 1
-            self.changed.notify_all()
 
     def wait(self, parity: int) -> None:
-        with self.changed:
-            if not self.changed.wait_for(lambda: self.phases & 1 != parity, self.timeout):
-                raise DeadlockError(
-                    f"mbarrier: parity {parity}, {self.arrived}/{self.expected} arrivals, {self.bytes} bytes due"
-                )
+        def done() -> bool:
+            while self.phases & 1 == parity and self.transfers:
+                self.transfers.pop(0)()
+            return self.phases & 1 != parity
+
+        self.scheduler.wait(done, f"parity {parity} of an mbarrier")
+
+    def check_idle(self) -> None:
+        if self.transfers or self.arrived or self.bytes:
+            raise ProtocolError(
+                f"mbarrier at the end: {len(self.transfers)} transfers nobody waited for, {self.arrived} arrivals and "
+                f"{self.bytes} bytes of an unfinished phase"
+            )
 
 
 class Mbarriers:
     """An array of mbarriers in shared memory."""
 
-    def __init__(self, count: int, timeout: float):
-        self.items = [Mbarrier(timeout) for _ in range(count)]
+    def __init__(self, count: int, scheduler: Scheduler):
+        self.items = [Mbarrier(scheduler) for _ in range(count)]
 
     def index(self, i: Any) -> Mbarrier:
         return self.items[int(i)]
@@ -162,21 +231,25 @@ class Accumulator:
 
 
 class Emulator:
-    """Launches Gluon kernels on the CPU.
+    """Launches Gluon kernels on the CPU; `seed` decides the order in which partitions run."""
 
-    late: wgmma runs as late as its wait allows (False: at once).
-    delay: TMA loads and copies take up to this many seconds, in threads of their own; every wait may lose as much.
-    """
-
-    def __init__(self, late: bool = True, delay: float = 0.0, seed: int = 0, timeout: float = 20.0):
-        self.late, self.delay, self.timeout = late, delay, timeout
-        self.random = random.Random(seed)
+    def __init__(self, seed: int = 0):
+        self.scheduler = Scheduler(seed)
         self.here = threading.local()
-        self.memory = threading.Lock()
         self.rebuilt: dict[JITFunction, Callable] = {}
         self.named: dict[int, list[int]] = {}
-        self.named_changed = threading.Condition()
+        self.mbarriers: list[Mbarrier] = []
         self.fakes = self._fakes()
+
+    def launcher(self, kernel: JITFunction) -> Any:
+        """What stands in for `kernel` in a host function: launcher(kernel)[grid](...) runs it here."""
+        emulator = self
+
+        class Launcher:
+            def __getitem__(self, grid: tuple[int, ...]) -> Callable:
+                return lambda *args, **options: emulator.launch(kernel, grid, *args, **options)
+
+        return Launcher()
 
     def launch(self, kernel: JITFunction, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         """Run every program of the grid, one after the other."""
@@ -189,10 +262,13 @@ class Emulator:
             for y in range(self.grid[1]):
                 for x in range(self.grid[0]):
                     self.named.clear()
+                    self.mbarriers.clear()
                     with self._partition((x, y, z)):
                         function(*arguments)
                     if any(count for count, _ in self.named.values()):
                         raise ProtocolError("a named barrier was left half full")
+                    for barrier in self.mbarriers:
+                        barrier.check_idle()
 
     def rebuild(self, jitted: JITFunction) -> Callable:
         """The Python function behind a JIT function, with the emulator's versions of what it calls."""
@@ -227,68 +303,46 @@ class Emulator:
             if queue:
                 raise ProtocolError(f"{len(queue)} {what} left in flight at the end")
 
-    def _nap(self) -> None:
-        if self.delay:
-            time.sleep(self.random.random() * self.delay)
-
-    def _later(self, work: Callable[[], None]) -> None:
-        if self.delay:
-            threading.Thread(target=work, daemon=True).start()
-        else:
-            work()
-
     # ---- partitions and barriers
 
     def warp_specialize(self, partitions: list, worker_warps: list[int], worker_registers: list[int]) -> None:
-        program, failures = self.here.program, []
+        program = self.here.program
 
         def body(function: Callable, args: tuple) -> None:
-            try:
-                with self._partition(program):
-                    function(*args)
-            except BaseException as failure:  # carried to the launching thread below
-                failures.append(failure)
+            with self._partition(program):
+                function(*args)
 
-        threads = [threading.Thread(target=body, args=each, daemon=True) for each in partitions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(3 * self.timeout)
-        if failures:
-            raise failures[0]
-        if any(thread.is_alive() for thread in threads):
-            raise DeadlockError("a partition did not finish")
+        self.scheduler.run([lambda each=each: body(*each) for each in partitions])
 
     def barrier(self, index: Any, threads: str, num_warps: int, wait: bool) -> None:
-        with self.named_changed:
-            state = self.named.setdefault(int(index), [0, 0])
-            state[0] += 32 * num_warps
-            if state[0] > int(threads):
-                raise ProtocolError(f"named barrier {index}: more than {threads} threads came")
-            turn = state[1]
-            if state[0] == int(threads):
-                state[0], state[1] = 0, turn + 1
-                self.named_changed.notify_all()
-            elif wait and not self.named_changed.wait_for(lambda: state[1] != turn, self.timeout):
-                raise DeadlockError(f"named barrier {index}")
+        state = self.named.setdefault(int(index), [0, 0])  # threads that came, turns that are over
+        state[0] += 32 * num_warps
+        if state[0] > int(threads):
+            raise ProtocolError(f"named barrier {index}: more than {threads} threads came")
+        turn = state[1]
+        if state[0] == int(threads):
+            state[:] = 0, turn + 1
+        if wait:
+            self.scheduler.wait(lambda: state[1] != turn, f"named barrier {index}")
 
     # ---- copies
 
-    def tma_load(self, desc: Descriptor, coord: list, barrier: Mbarrier, target: Shared, pred: Any = True) -> None:
+    def tma_load(
+        self, desc: Descriptor, coord: list, barrier: Mbarrier | Mbarriers, target: Shared, pred: Any = True
+    ) -> None:
         if not pred:
             return
         target.data.fill_(float("nan"))
         coord = [int(each) for each in coord]
 
         def arrive() -> None:
-            self._nap()
             inside, within = desc.tile(coord)
             tile = torch.zeros(desc.block, dtype=desc.dtype)
             tile[within] = desc.tensor[inside]
             target.data.copy_(tile.view(target.data.shape))
-            barrier.received(desc.block_type.nbytes)
+            _one(barrier).received(desc.block_type.nbytes)
 
-        self._later(arrive)
+        _one(barrier).transfers.append(arrive)
 
     def tma_store(self, desc: Descriptor, coord: list, source: Shared, add: bool = False) -> None:
         coord = [int(each) for each in coord]
@@ -296,12 +350,12 @@ class Emulator:
         def leave() -> None:
             inside, within = desc.tile(coord)
             tile = source.data.reshape(desc.block)[within]
-            with self.memory:
-                desc.tensor[inside] = desc.tensor[inside] + tile if add else tile
+            desc.tensor[inside] = desc.tensor[inside] + tile if add else tile
 
         self.here.stores.append(leave)
 
     def store_wait(self, pendings: int = 0) -> None:
+        self.scheduler.wait(lambda: True, "its stores", others_first=True)
         while len(self.here.stores) > int(pendings):
             self.here.stores.pop(0)()
 
@@ -322,12 +376,11 @@ class Emulator:
         pending, self.here.copies = self.here.copies, []
 
         def arrive() -> None:
-            self._nap()
             for copy in pending:
                 copy()
             barrier.arrive(threads)
 
-        self._later(arrive)
+        barrier.transfers.append(arrive)
 
     def copy_wait(self, pendings: int = 0) -> None:
         while len(self.here.copies) > pendings:
@@ -345,14 +398,13 @@ class Emulator:
             result.value = product + before if use_acc else product
 
         self.here.products.append(run)
-        if not (self.late and is_async):
+        if not is_async:
             self._drain(0)
-        self._nap()
         return result if is_async else result.value
 
     def mma_wait(self, num_outstanding: int = 0, deps: list | None = None) -> Any:
+        self.scheduler.wait(lambda: True, "its products", others_first=True)
         self._drain(int(num_outstanding))
-        self._nap()
         values = [each.value if isinstance(each, Accumulator) and each.value is not None else each for each in deps]
         return values[0] if len(values) == 1 else tuple(values)
 
@@ -395,7 +447,9 @@ class Emulator:
 
     def _allocate(self, dtype: torch.dtype, shape: list[int], layout: Any = None) -> Any:
         if dtype == torch.int64:
-            return Mbarriers(shape[0], self.timeout)
+            barriers = Mbarriers(shape[0], self.scheduler)
+            self.mbarriers += barriers.items
+            return barriers
         return Shared(torch.full(shape, float("nan"), dtype=dtype))
 
     def _language(self) -> SimpleNamespace:
@@ -407,6 +461,7 @@ class Emulator:
             constexpr=None,
             allocate_shared_memory=self._allocate,
             arange=lambda low, high, layout=None: torch.arange(low, high),
+            cast=lambda x, dtype: x.to(dtype) if isinstance(x, torch.Tensor) else x,
             cdiv=lambda a, b: -(-a // b),
             convert_layout=lambda x, layout, **_: x,
             exp2=torch.exp2,
@@ -460,12 +515,14 @@ def _load(pointer: Pointer, mask: torch.Tensor | None = None, other: Any = 0) ->
         return pointer.memory[pointer.offset].item() if mask is None or mask else other
     if mask is None:
         return pointer.memory[pointer.offset]
+    mask = mask.expand_as(pointer.offset)
     found = pointer.memory[torch.where(mask, pointer.offset, 0)]
     return torch.where(mask, found, torch.tensor(other, dtype=found.dtype))
 
 
 def _store(pointer: Pointer, value: Any, mask: torch.Tensor | None = None) -> None:
     if isinstance(pointer.offset, torch.Tensor) and mask is not None:
+        mask = mask.expand_as(pointer.offset)
         value = torch.as_tensor(value, dtype=pointer.memory.dtype).expand_as(pointer.offset)
         pointer.memory[pointer.offset[mask]] = value[mask]
     elif mask is None or mask:

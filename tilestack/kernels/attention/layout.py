@@ -9,3 +9,18 @@ def empty_lse(q: torch.Tensor) -> torch.Tensor:
     """[B, Hq, Sq] for dense q, [Hq, Tq] for packed; float32, or float64 where q is."""
     *batch, length, heads, _ = q.shape
     return q.new_empty((*batch, heads, length), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def rows_by_heads(tensor: torch.Tensor) -> torch.Tensor:
+    """View (or, where strides forbid it, copy) [B, S, H, D] or [T, H, D] as [rows, H * D], which TMA can describe.
+
+    TMA wants heads side by side, rows at a constant stride of a multiple of 16 bytes, and a start at such a multiple.
+    """
+    *leading, heads, head_dim = tensor.shape
+    *outer, row, head, last = tensor.stride()
+    aligned = row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+    regular = not outer or leading[0] == 1 or outer[0] == leading[1] * row
+    if not (last == 1 and (head == head_dim or heads == 1) and aligned and regular):
+        tensor = tensor.contiguous()
+        row = heads * head_dim
+    return tensor.as_strided((torch.Size(leading).numel(), heads * head_dim), (row, 1))

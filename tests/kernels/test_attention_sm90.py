@@ -1,0 +1,170 @@
+"""The Hopper kernels of attention on the CPU, in the Gluon emulator: numbers, and planted synchronisation bugs."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tilestack.kernels.attention import reference, sm90_backward, sm90_forward
+from tilestack.kernels.attention.op import AttentionParams
+from tilestack.testing.compare import assert_close
+from tilestack.testing.gluon_emulator import Emulator
+
+NEEDS = ("q", "k", "v")
+OFFSETS = {"cu_seqlens_q": [0, 5, 5, 140, 400, 500], "cu_seqlens_k": [0, 0, 30, 300, 420, 421]}
+CASES = {  # batch, queries, keys, query heads, key heads, head dimension, causal, window, offsets
+    "causal, two heads of one key head": (1, 256, 256, 2, 1, 64, True, (-1, -1), {}),
+    "odd length, heads of a key head in two items": (2, 300, 300, 4, 1, 64, True, (-1, -1), {}),
+    "fewer queries than keys, D = 128": (1, 130, 400, 2, 2, 128, True, (-1, -1), {}),
+    "queries that see no key": (1, 300, 100, 4, 1, 64, True, (-1, -1), {}),
+    "every key, three heads of a key head": (1, 300, 300, 3, 1, 64, False, (-1, -1), {}),
+    "causal window": (1, 300, 420, 2, 1, 64, True, (50, -1), {}),
+    "window to both sides": (1, 300, 420, 4, 1, 64, False, (150, 20), {}),
+    "packed, empty documents, rows of no document": (None, 530, 431, 4, 1, 64, True, (-1, -1), OFFSETS),
+}
+
+
+def make(case, dtype):
+    batch, n_q, n_k, heads, kv_heads, head_dim, causal, (left, right), offsets = case
+    generator = torch.Generator().manual_seed(0)
+    leading = [] if batch is None else [batch]
+
+    def random(rows, n_heads):
+        return torch.randn(*leading, rows, n_heads, head_dim, generator=generator).to(dtype)
+
+    tensors = [random(n_q, heads), random(n_k, kv_heads), random(n_k, kv_heads)]
+    cu_seqlens = [torch.tensor(each, dtype=torch.int32) for each in offsets.values()] or [None, None]
+    params = AttentionParams(head_dim**-0.5, causal, left, 0 if causal else right, -1, -1, False)
+    return tensors, random(n_q, heads), cu_seqlens, params
+
+
+def run(case, emulator, monkeypatch, dtype=torch.bfloat16, forward=sm90_forward, backward=sm90_backward):
+    """Outputs and gradients of the emulated kernels, of the reference in the same dtype, and of the float64 oracle."""
+    for module, name in ((forward, "attention_forward_kernel"), (backward, "attention_backward_kernel")):
+        monkeypatch.setattr(module, name, emulator.launcher(getattr(module, name)))
+    tensors, dout, cu_seqlens, params = make(case, dtype)
+    results = []
+    for each, cast in ((None, dtype), (reference, dtype), (reference, torch.float64)):
+        q, k, v = (tensor.to(cast) for tensor in tensors)
+        out, lse = (each or forward).forward(q, k, v, *cu_seqlens, params)
+        saved = (q, k, v, *cu_seqlens, lse) if each else (q, k, v, *cu_seqlens, out, lse)
+        gradients = (each or backward).backward(dout.to(cast), None, *saved, needs=NEEDS, params=params)
+        results.append(dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True)))
+    return results
+
+
+def assert_right(results):
+    ours, eager, exact = results
+    for name in exact:
+        assert_close(name, ours[name], eager[name], exact[name])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_emulated_hopper_kernels_are_within_twice_the_error_of_eager(name, monkeypatch):
+    assert_right(run(CASES[name], Emulator(), monkeypatch))
+
+
+def test_emulated_hopper_kernels_take_float16(monkeypatch):
+    assert_right(run(CASES["packed, empty documents, rows of no document"], Emulator(), monkeypatch, torch.float16))
+
+
+FORWARD, BACKWARD = "sm90_forward", "sm90_backward"
+PLANTED = {  # the module, lines of its source, and what they become
+    "K is read before it has come": (
+        FORWARD,
+        """        mbarrier.wait(k_full.index(stage), phase)
+        issued""",
+        "        issued",
+    ),
+    "V is read before it has come": (
+        FORWARD,
+        """            mbarrier.wait(v_full.index(v_stage), v_phase)
+            summed""",
+        "            summed",
+    ),
+    "the next K tile is not waited for": (
+        FORWARD,
+        "            mbarrier.wait(k_full.index(next_stage), next_phase, pred=step + 1 < last - first)",
+        "",
+    ),
+    "V is released before P V has run": (
+        FORWARD,
+        """            acc = warpgroup_mma_wait(0, deps=[summed])
+            barrier_arrive(V_FREE + v_stage, "288", 4)
+""",
+        """            barrier_arrive(V_FREE + v_stage, "288", 4)
+            acc = warpgroup_mma_wait(0, deps=[summed])
+""",
+    ),
+    "K is never released": (
+        FORWARD,
+        """            s = warpgroup_mma_wait(1, deps=[issued])
+            barrier_arrive(K_FREE + stage, "288", 4)
+""",
+        "            s = warpgroup_mma_wait(1, deps=[issued])\n",
+    ),
+    "the producer overwrites Q": (
+        FORWARD,
+        """                    if n_items_done > 0:
+                        barrier_sync(Q_FREE + consumer, "160", 1)
+                    mbarrier""",
+        "                    mbarrier",
+    ),
+    "the turns are not handed over": (FORWARD, 'barrier_arrive(TURN + 1 - which, "256", 4)', "pass"),
+    "out is overwritten before it has left": (
+        FORWARD,
+        """            tma.store_wait(0)
+            gl.thread_barrier()
+            staging""",
+        "            staging",
+    ),
+    "Q is read before it has come": (BACKWARD, "        mbarrier.wait(q_full.index(stage), phase)\n", ""),
+    "dO is read before it has come": (BACKWARD, "        mbarrier.wait(do_full.index(stage), phase)\n", ""),
+    "Q is released before dK has run": (
+        BACKWARD,
+        """        dk_issued = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk_issued]))
+        barrier_arrive(Q_FREE + stage, "288", 8)
+""",
+        """        barrier_arrive(Q_FREE + stage, "288", 8)
+        dk_issued = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk_issued]))
+""",
+    ),
+    "dQ is overwritten before it has left": (
+        BACKWARD,
+        "        tma.store_wait(0)  # the previous dQ has left shared memory\n",
+        "",
+    ),
+    "too few bytes are expected": (
+        BACKWARD,
+        "k_desc.block_type.nbytes + v_desc.block_type.nbytes",
+        "k_desc.block_type.nbytes",
+    ),
+    "the loader does not wait for a free buffer": (
+        BACKWARD,
+        """        if it >= STAGES:
+            barrier_sync(DO_FREE + stage, "288", 1)
+""",
+        "",
+    ),
+}
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_the_emulator_catches_a_planted_bug(bug, tmp_path, monkeypatch):
+    where, right, wrong = PLANTED[bug]
+    modules = {"forward": sm90_forward, "backward": sm90_backward}
+    original = modules[where.removeprefix("sm90_")]
+    source = Path(original.__file__).read_text()
+    assert source.count(right) == 1, "the planted bug no longer fits the kernel"
+    path = tmp_path / f"{where}.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(f"planted_{where}", path)
+    planted = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, planted)
+    spec.loader.exec_module(planted)
+    modules[where.removeprefix("sm90_")] = planted
+    case = (1, 300, 640, 4, 1, 64, False, (-1, -1), {})  # more tiles than stages, several items a program
+    with pytest.raises(AssertionError):  # DeadlockError and ProtocolError are assertions too
+        assert_right(run(case, Emulator(), monkeypatch, **modules))

@@ -1,0 +1,29 @@
+"""Attention for Hopper (sm_90): what it covers. The kernels are in sm90_forward.py and sm90_backward.py."""
+
+from __future__ import annotations
+
+import torch
+
+from tilestack.kernels.attention.sm90_backward import backward
+from tilestack.kernels.attention.sm90_configs import FORWARD
+from tilestack.kernels.attention.sm90_forward import forward
+from tilestack.kernels.dispatch import Call
+
+__all__ = ["AUXILIARY", "SAVED", "backward", "forward", "refuses"]
+
+AUXILIARY = ()
+SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
+
+
+def refuses(call: Call) -> str | None:
+    head_dim = call.shape("q")[-1]
+    if call.dtype("q") not in (torch.bfloat16, torch.float16):
+        return f"is for bfloat16 and float16, got {call.dtype('q')}"
+    if head_dim not in FORWARD:
+        return f"is for head dimensions {', '.join(map(str, FORWARD))}, got {head_dim}"
+    if call.params.deterministic and call.needs_grad:
+        return "adds dq, dk and dv in no fixed order, and deterministic=True was asked for"
+    *rows, heads, _ = call.shape("q")
+    if torch.Size(rows).numel() * heads * 2 >= 2**31:
+        return "counts queries times heads in 32 bits"
+    return None
