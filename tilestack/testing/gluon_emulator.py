@@ -1,7 +1,7 @@
 """Runs Hopper Gluon kernels on the CPU: the very functions that are compiled for the GPU, over torch tensors.
 
-Each partition of a warp-specialised kernel is a thread, of which one runs at a time; it goes on until it waits, and then
-the others go as far as they can. What the hardware may do late is late here:
+Each partition of a warp-specialised kernel is a thread, of which one runs at a time; it goes on until it waits, and
+then the others go as far as they can. What the hardware may do late is late here:
 
 * TMA loads and cp.async fill their buffer with NaN when issued, and with data only when somebody waits at their
   mbarrier;

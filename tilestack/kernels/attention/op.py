@@ -17,7 +17,7 @@ import torch
 
 from tilestack.kernels import checks
 from tilestack.kernels.attention.layout import empty_lse
-from tilestack.kernels.dispatch import Op, portable, reference
+from tilestack.kernels.dispatch import Implementation, Op, portable, reference
 from tilestack.kernels.registration import Contract
 
 
@@ -51,7 +51,15 @@ CONTRACT = Contract(
     _fake,
     constants=("lse",),
 )
-OP = Op(CONTRACT, (portable("attention"), reference("attention")))
+HOPPER = Implementation(
+    "tilestack",
+    "tilestack.kernels.attention.sm90_gluon",
+    "sm90",
+    min_capability=90,
+    max_capability=90,
+    packages=("triton",),
+)
+OP = Op(CONTRACT, (HOPPER, portable("attention"), reference("attention")))
 
 
 def attention(
