@@ -41,6 +41,10 @@ class Report:
             else:
                 setattr(owner, name, value)
 
+    def count(self, name: str) -> None:
+        """One more module of this class has our forward."""
+        self.replaced[name] = self.replaced.get(name, 0) + 1
+
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Set an attribute so that `undo` restores it."""
         self._before.append((owner, name, getattr(owner, name, _MISSING)))
@@ -83,17 +87,17 @@ def enable(
             report.left_alone[slot.name] = reason
         else:
             _replace(slot, kernels, report)
-    for module in model.modules():
-        if isinstance(module, Qwen3MoeExperts):
-            report.set(module, "kernels", kernels)
     for config in _configs(model):
         _use_interfaces(config, report, attention, experts)
+    for module in model.modules():
+        if isinstance(module, Qwen3MoeExperts) and module.config._experts_implementation == NAME:
+            report.count("Qwen3MoeExperts")
+            report.set(module, "kernels", kernels)
     return report
 
 
 def _replace(slot: Slot, kernels: KernelChoice, report: Report) -> None:
-    name = slot.ours.__name__
-    report.replaced[name] = report.replaced.get(name, 0) + 1
+    report.count(slot.ours.__name__)
     if not slot.is_ours:
         report.set(slot.module, "__class__", slot.ours)
     report.set(slot.module, "kernels", kernels)

@@ -120,7 +120,7 @@ class Qwen3MoeDecoderLayer(original.Qwen3MoeDecoderLayer):
         return residual + update, *statistics
 
 
-@replaces(nn.Linear, only="lm_head")
+@replaces(nn.Linear, child=(original.Qwen3MoeForCausalLM, "lm_head"))
 class LMHead(nn.Linear):
     """The LM head and the loss in one module: where ZeRO-3 gathers the weight, it is there for both."""
 

@@ -30,8 +30,24 @@ from tilestack.models.rotary import restore_rotary_frequencies
 DEFAULTS = (None, "sdpa", "grouped_mm")  # what transformers fills in where the user named nothing
 
 
+class TransformersOwn:
+    """Answers what transformers finds out for its own classes from their name and the text of their source file."""
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        return False  # custom code gets no conversion from and to the checkpoints of the hub
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+
 @replaces(original.Qwen3MoeModel)
-class Qwen3MoeModel(original.Qwen3MoeModel):
+class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -130,7 +146,7 @@ def _token_mask(attention_mask: torch.Tensor | None, seqlen: int) -> torch.Tenso
 
 
 @replaces(original.Qwen3MoeForCausalLM)
-class Qwen3MoeForCausalLM(original.Qwen3MoeForCausalLM):
+class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
     """transformers' Qwen3MoeForCausalLM over tilestack's ops: same parameters, checkpoints and outputs.
 
     kernels: which implementation of each op to use (KernelChoice, or a mapping from op to implementation); by default
@@ -162,14 +178,6 @@ class Qwen3MoeForCausalLM(original.Qwen3MoeForCausalLM):
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             add_v4_keys(save_directory)
-
-    @classmethod
-    def _can_set_attn_implementation(cls) -> bool:
-        return True  # transformers looks for its own text in the source file of the class
-
-    @classmethod
-    def _can_set_experts_implementation(cls) -> bool:
-        return True
 
     @can_return_tuple
     def forward(

@@ -14,21 +14,23 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Replacement:
-    """`ours` takes the place of `original`; with `only`, where the module's own name is that."""
+    """`ours` takes the place of `original`; with `child` = (class, name), only as the child `name` of that class."""
 
     original: type[nn.Module]
     ours: type[nn.Module]
-    only: str | None
+    child: tuple[type[nn.Module], str] | None
 
 
 REPLACEMENTS: list[Replacement] = []
 
 
-def replaces(original: type[nn.Module], only: str | None = None) -> Callable[[type[nn.Module]], type[nn.Module]]:
+def replaces(
+    original: type[nn.Module], child: tuple[type[nn.Module], str] | None = None
+) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Decorate a subclass of `original` that takes its place."""
 
     def record(ours: type[nn.Module]) -> type[nn.Module]:
-        REPLACEMENTS.append(Replacement(original, ours, only))
+        REPLACEMENTS.append(Replacement(original, ours, child))
         return ours
 
     return record
@@ -52,5 +54,10 @@ def slots(model: nn.Module) -> Iterator[Slot]:
     for name, module in model.named_modules():
         for each in REPLACEMENTS:
             fits = type(module) is each.original or isinstance(module, each.ours)
-            if fits and each.only in (None, name.rpartition(".")[2]):
+            if fits and _is_child(model, name, each.child):
                 yield Slot(name, module, each.ours)
+
+
+def _is_child(model: nn.Module, name: str, child: tuple[type[nn.Module], str] | None) -> bool:
+    parent, _, own_name = name.rpartition(".")
+    return child is None or (own_name == child[1] and isinstance(model.get_submodule(parent), child[0]))

@@ -1,0 +1,48 @@
+"""generate() with transformers' caches gives the tokens of plain transformers."""
+
+import pytest
+import torch
+from tiny_qwen3_moe import ours_like, plain_model, tokens
+
+NEW = 12
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+@pytest.mark.parametrize("changes", [{}, {"use_sliding_window": True, "sliding_window": 6}], ids=["full", "window"])
+def test_greedy_tokens_of_a_left_padded_batch_are_the_same(cache, changes):
+    plain = plain_model(**changes).eval()
+    ids, mask = tokens(3, 9), torch.ones(3, 9, dtype=torch.long)
+    for row, padding in enumerate((0, 2, 5)):
+        ids[row, :padding], mask[row, :padding] = 0, 0
+    settings = {"max_new_tokens": NEW, "do_sample": False, "cache_implementation": cache, "disable_compile": True}
+    right = plain.generate(ids, attention_mask=mask, **settings)
+    found = ours_like(plain).generate(ids, attention_mask=mask, **settings)
+    assert right.shape == (3, 9 + NEW)
+    assert torch.equal(found, right)
+
+
+def test_greedy_tokens_without_a_cache_are_the_same():
+    plain = plain_model().eval()
+    ids = tokens(2, 7)
+    settings = {"max_new_tokens": NEW, "do_sample": False}
+    assert torch.equal(ours_like(plain).generate(ids, use_cache=False, **settings), plain.generate(ids, **settings))
+
+
+def test_a_prompt_in_pieces_gives_the_logits_of_the_whole():
+    ours = ours_like(plain_model()).eval()
+    ids = tokens(2, 12)
+    whole = ours(ids).logits
+    cache, pieces = None, []
+    for piece in ids.split((5, 4, 1, 2), dim=1):
+        outputs = ours(piece, past_key_values=cache, use_cache=True)
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+def test_beam_search_and_sampling_run():
+    ours = ours_like(plain_model()).eval()
+    ids = tokens(1, 5)
+    assert ours.generate(ids, max_new_tokens=4, num_beams=3).shape[1] <= 9
+    torch.manual_seed(0)
+    assert ours.generate(ids, max_new_tokens=4, do_sample=True).shape[1] <= 9
