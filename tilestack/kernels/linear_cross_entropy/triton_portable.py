@@ -53,7 +53,7 @@ def _store_dlogits(logits_ptr, label, largest, log_total, dloss, V, BLOCK_V: tl.
     n_blocks = tl.cdiv(V, BLOCK_V)
     for block in range(0, n_blocks):
         offs = (n_blocks - 1 - block) * BLOCK_V + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + offs, mask=offs < V, other=0.0).to(tl.float32)
+        x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
         probability = tl.exp(x - largest - log_total)
         dlogits = tl.where(offs == label, probability - 1.0, probability) * dloss
         tl.store(logits_ptr + offs, dlogits.to(logits_ptr.dtype.element_ty), mask=offs < V)

@@ -15,16 +15,20 @@ def _make(
     *,
     ignored: float = 0.0,
     scale: float = 1.0,
+    shift: float = 0.0,
     layout: str = "contiguous",
     num_items: int | None = None,
 ):
-    """ignored: the share of the labels that do not count. scale: roughly the size of the logits."""
+    """ignored: the share of the labels that do not count. scale: roughly the size of the logits. shift: their mean."""
 
     def make(dtype, device, generator):
         def random(*size):
             return torch.randn(*size, generator=generator)
 
         hidden = (random(tokens, 2 * hidden_size) * scale * hidden_size**-0.5).to(device, dtype)
+        weight = random(vocabulary, hidden_size)
+        if shift:
+            hidden[:, 0], weight[:, 0] = shift, 1.0
         hidden = {
             "contiguous": hidden[:, :hidden_size].contiguous(),
             "sliced": hidden[:, :hidden_size],
@@ -34,7 +38,7 @@ def _make(
         labels[torch.rand(tokens, generator=generator) < ignored] = -100
         return {
             "hidden": hidden,
-            "weight": random(vocabulary, hidden_size).to(device, dtype),
+            "weight": weight.to(device, dtype),
             "labels": labels.to(device),
             "num_items": None if num_items is None else torch.tensor(num_items, device=device),
         }
@@ -51,28 +55,29 @@ CASES = OpCases(
     call=_call,
     differentiable=("hidden", "weight"),
     cases=(
-        Case("plain", "the common case", _make(24, 1000, 32)),
-        Case("odd vocabulary", "no multiple of anything, so loads are masked", _make(13, 1187, 48, ignored=0.3)),
-        Case("several blocks", "V is larger than one block of the kernel", _make(5, 17000, 16, ignored=0.3)),
-        Case("sum", "no divisor", _make(9, 300, 16, ignored=0.3), {"reduction": "sum"}),
-        Case("none", "one upstream gradient a token", _make(9, 300, 16, ignored=0.3), {"reduction": "none"}),
+        Case("plain", "the common case", _make(24, 1000, 64)),
+        Case("odd vocabulary", "no multiple of anything, so loads are masked", _make(23, 1187, 48, ignored=0.3)),
+        Case("several blocks", "V is larger than one block of the kernel", _make(16, 17000, 64, ignored=0.3)),
+        Case("sum", "no divisor", _make(24, 300, 64, ignored=0.3), {"reduction": "sum"}),
+        Case("none", "one upstream gradient a token", _make(24, 300, 64, ignored=0.3), {"reduction": "none"}),
         Case(
             "none, several blocks",
             "backward makes the logits again",
-            _make(5, 9001, 16, ignored=0.3),
+            _make(16, 9001, 64, ignored=0.3),
             {"reduction": "none"},
         ),
-        Case("num_items", "the mean over a global batch", _make(9, 300, 16, ignored=0.3, num_items=40)),
-        Case("all ignored", "the mean over nothing is 0, with zero gradients", _make(6, 300, 16, ignored=1.0)),
-        Case("ignore_index", "a label that is also a word", _make(40, 5, 16), {"ignore_index": 3}),
+        Case("num_items", "the mean over a global batch", _make(24, 300, 64, ignored=0.3, num_items=40)),
+        Case("all ignored", "the mean over nothing is 0, with zero gradients", _make(6, 300, 64, ignored=1.0)),
+        Case("ignore_index", "a label that is also a word", _make(40, 5, 64), {"ignore_index": 3}),
         Case("one token", "fewer rows than anything", _make(1, 300, 128)),
         Case("one word", "the loss is 0 and every gradient too", _make(4, 1, 16)),
         Case("no tokens", "an empty batch", _make(0, 300, 16)),
-        Case("sliced", "hidden is a slice of a wider tensor", _make(9, 300, 16, layout="sliced")),
-        Case("strided", "no dimension of hidden is contiguous", _make(9, 300, 16, layout="strided")),
+        Case("sliced", "hidden is a slice of a wider tensor", _make(24, 300, 64, layout="sliced")),
+        Case("strided", "no dimension of hidden is contiguous", _make(24, 300, 64, layout="strided")),
         Case(
-            "large logits", "softmax overflows unless the largest logit is subtracted", _make(12, 600, 32, scale=30.0)
+            "large logits", "softmax overflows unless the largest logit is subtracted", _make(24, 600, 64, scale=30.0)
         ),
+        Case("low logits", "exp of every logit is 0", _make(24, 600, 64, shift=-200.0)),
         Case("Qwen3-30B-A3B", "the real shape", _make(4096, 151936, 2048, ignored=0.1), gpu_only=True),
     ),
 )
