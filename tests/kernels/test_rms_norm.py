@@ -51,3 +51,10 @@ def test_a_gradient_does_not_depend_on_which_others_are_wanted(wanted):
     for name, gradient in gradients(*wanted).items():
         assert torch.equal(gradient, everything[name])
         assert gradient.abs().max() > 0
+
+
+def test_a_weight_that_an_output_does_not_depend_on_gets_a_gradient_of_zero():
+    x, weight = torch.ones(2, 4), torch.ones(4, requires_grad=True)
+    _, residual_out = rms_norm(x, weight, residual=x)
+    residual_out.sum().backward()
+    assert torch.equal(weight.grad, torch.zeros(4))

@@ -26,8 +26,13 @@ def gradients(
             for name, tensor in inputs.items()
         }
         outputs = compute(*leaves.values(), params)
-        flowing = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None]
         wanted = [leaves[name] for name in inputs if name in needs]
+        # an output may depend on none of the wanted inputs, although something flows back to it
+        flowing = [
+            (out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad
+        ]
+        if not flowing:
+            return tuple(torch.zeros_like(each, memory_format=torch.contiguous_format) for each in wanted)
         found = torch.autograd.grad(
             [out for out, _ in flowing],
             wanted,
