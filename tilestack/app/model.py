@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig
+
+from tilestack import Qwen3MoeForCausalLM
 
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
@@ -54,6 +56,7 @@ def new_config(model: ModelConfig, vocab_size: int, end_of_text: int) -> Qwen3Mo
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         router_aux_loss_coef=model.router_aux_loss_coef,
+        initializer_range=model.hidden**-0.5,  # keeps the size of activations at every width; 0.02 is for width 2048
         bos_token_id=None,
         eos_token_id=end_of_text,
         pad_token_id=end_of_text,

@@ -18,6 +18,7 @@ from tilestack.app.config import DataConfig
 from tilestack.app.errors import UserError
 
 TEXT_DOCUMENT_BYTES = 8192
+PYDOC_DOCUMENT_CHARACTERS = 1500
 SHUFFLE_BUFFER = 10_000
 SUFFIXES = (".jsonl", ".txt", ".parquet")
 
@@ -155,12 +156,12 @@ def _mix(seed: int, epoch: int) -> int:
 
 
 class _PydocTopics:
-    """The chapters of Python's language reference that `help()` shows: real text that every Python carries."""
+    """Python's language reference, which `help()` shows: real text that every Python carries, in runs of paragraphs."""
 
     def __init__(self):
         from pydoc_data.topics import topics
 
-        self._texts = [topics[name] for name in sorted(topics)]
+        self._texts = [part for name in sorted(topics) for part in _paragraphs(topics[name])]
         self.size = sum(map(len, self._texts))
 
     def __len__(self) -> int:
@@ -168,6 +169,17 @@ class _PydocTopics:
 
     def __getitem__(self, index: int) -> str:
         return self._texts[index]
+
+
+def _paragraphs(text: str) -> list[str]:
+    """The text in runs of whole paragraphs, each of PYDOC_DOCUMENT_CHARACTERS or a little more."""
+    parts, run = [], ""
+    for paragraph in text.split("\n\n"):
+        run += paragraph + "\n\n"
+        if len(run) >= PYDOC_DOCUMENT_CHARACTERS:
+            parts.append(run)
+            run = ""
+    return [*parts, run] if run.strip() else parts
 
 
 class _Files:
