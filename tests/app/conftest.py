@@ -1,0 +1,35 @@
+"""train.py as a module, for tests that run it in this process."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def train_script():
+    """train.py, imported."""
+    spec = importlib.util.spec_from_file_location("train_script", Path(__file__).parents[2] / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run_train(train_script):
+    """train.py's main in this process, with one thread, as the subprocesses of the tests have; gives its exit code."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(*words: object) -> int:
+        try:
+            train_script.main([str(word) for word in words])
+        except SystemExit as leaving:
+            return leaving.code
+        return 0
+
+    yield run
+    torch.set_num_threads(threads)
