@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 import yaml
-from app.tiny_run import numbers, only_run, records, write_config
 
+from app.tiny_run import numbers, only_run, records, write_config
 from tilestack.app import checkpoints
 from tilestack.app.interrupts import Stop
 
@@ -60,7 +60,16 @@ def test_the_saved_configuration_repeats_the_run_bit_for_bit(finished, run_train
 def test_the_exported_model_trains_on_from_its_path(finished, run_train, tmp_path):
     source = yaml.safe_load((finished / "config.yaml").read_text())["data"]["source"]
     config = write_config(tmp_path, data={"source": source})
-    changes = ["--model.path", finished / "export", "--train.steps", 2, "--optimizer.lr", "1e-6", "--train.save_every", 0]
+    changes = [
+        "--model.path",
+        finished / "export",
+        "--train.steps",
+        2,
+        "--optimizer.lr",
+        "1e-6",
+        "--train.save_every",
+        0,
+    ]
     assert run_train("--config", config, *changes) == 0
     assert records(only_run(tmp_path))[0]["loss"] < records(finished)[3]["loss"]
 

@@ -9,7 +9,27 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
-WORDS = "the a model reads text and learns which word comes next when every document tells it the same story".split()
+WORDS = [
+    "the",
+    "a",
+    "model",
+    "reads",
+    "text",
+    "and",
+    "learns",
+    "which",
+    "word",
+    "comes",
+    "next",
+    "when",
+    "every",
+    "document",
+    "tells",
+    "it",
+    "the",
+    "same",
+    "story",
+]
 
 
 def write_documents(path: Path, count: int = 40) -> Path:
@@ -74,7 +94,9 @@ def numbers(run: Path) -> list[tuple]:
 
 def python(*words: str, **options) -> subprocess.Popen:
     """A Python process of our own, in the repository, alone (not under torchrun)."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

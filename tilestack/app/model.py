@@ -9,7 +9,6 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3MoeConfig
 
 from tilestack import Qwen3MoeForCausalLM
-
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
 from tilestack.app.files import check_safetensors, read_json
