@@ -6,11 +6,13 @@ measurements on each GPU.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from tilestack.kernels.device import Device
 
 MAX_HEAD_DIM = 256
+SHORT = 16  # queries of a sequence that count as decoding: the forward then only streams the keys
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ HOPPER = {
 }
 AMPERE = {
     64: Tiles(Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
 SMALL = {  # consumer GPUs (about 100 KiB of shared memory), AMD (64 KiB), the unknown
@@ -54,17 +56,29 @@ FLOAT32 = {  # no tensor cores: products are made of fused multiply-adds
     256: Tiles(Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 INTERPRETER = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
-LARGE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100", "sm_103")
+SHORT_FORWARD = {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}
+SHORT_FORWARD_FLOAT32 = Tile(16, 32, 4, 1)
+LARGE_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")
 
 
-def tiles(device: Device, block_d: int, itemsize: int) -> Tiles:
-    """The tiles for a head dimension padded to `block_d` and elements of `itemsize` bytes."""
+def tiles(device: Device, block_d: int, itemsize: int, longest_q: int) -> Tiles:
+    """The tiles for a head dimension padded to `block_d` and elements of `itemsize` bytes.
+
+    longest_q: no sequence has more queries.
+    """
     if device.type == "cpu":
-        return INTERPRETER
-    if itemsize == 4:
-        table = FLOAT32
-    elif device.arch == "sm_80":
-        table = AMPERE
+        chosen = INTERPRETER
+    elif itemsize == 4:
+        chosen = FLOAT32[max(64, block_d)]
     else:
-        table = HOPPER if device.arch in LARGE_SHARED_MEMORY else SMALL
-    return table[max(64, block_d)]
+        chosen = _table(device.arch)[max(64, block_d)]
+    if longest_q <= SHORT:
+        short = SHORT_FORWARD_FLOAT32 if itemsize == 4 else SHORT_FORWARD[max(64, block_d)]
+        return dataclasses.replace(chosen, forward=short)
+    return chosen
+
+
+def _table(arch: str) -> dict[int, Tiles]:
+    if arch == "sm_80":
+        return AMPERE
+    return HOPPER if arch in LARGE_SHARED_MEMORY else SMALL

@@ -35,7 +35,7 @@ def refuses(call: Call) -> str | None:
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
     q, k, v = (_readable(each) for each in (q, k, v))
     out, lse = q.new_empty(q.shape), empty_lse(q)
-    tile = _tiles(q).forward
+    tile = _tiles(q, params).forward
     blocks = _blocks(q, cu_seqlens_q, tile.block_m)
     if blocks * q.shape[-2]:
         with launch.on_device(q):
@@ -52,7 +52,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs
     dq, dk, dv, delta = (each.new_empty(each.shape) for each in (q, k, v, lse))
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     sizes = _sizes(q, k, cu_seqlens_q)
-    tiles = _tiles(q)
+    tiles = _tiles(q, params)
     blocks_q = _blocks(q, cu_seqlens_q, tiles.dq.block_m)
     blocks_k = _blocks(k, cu_seqlens_k, tiles.dk_dv.block_n)
     with launch.on_device(q):
@@ -102,8 +102,9 @@ def _window(params) -> tuple[int, int]:
     return min(params.window_left, 2**30), min(params.window_right, 2**30)  # positions are added to it in 32 bits
 
 
-def _tiles(q: torch.Tensor) -> configs.Tiles:
-    return configs.tiles(Device.of(q.device), _block_d(q), q.element_size())
+def _tiles(q: torch.Tensor, params) -> configs.Tiles:
+    longest_q = params.max_seqlen_q if params.max_seqlen_q >= 0 else q.shape[-3]
+    return configs.tiles(Device.of(q.device), _block_d(q), q.element_size(), longest_q)
 
 
 def _block_d(q: torch.Tensor) -> int:
