@@ -16,7 +16,7 @@ from tilestack.kernels.reference_autograd import gradients
 AUXILIARY = ()
 SAVED = ("hidden", "weight", "labels", "num_items")
 
-MAX_CHUNK_LOGITS = 2**24  # 64 MiB of float32: several are alive at once in backward
+MAX_CHUNK_LOGITS = 2**26  # 256 MiB of float32; a few tensors of that size are alive at once in backward
 
 
 def refuses(call: Call) -> str | None:
