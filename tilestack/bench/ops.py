@@ -90,4 +90,8 @@ def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER)
 def describe(row: Row) -> str:
     """One line for the terminal."""
     what = f"{row.op:22} {row.case['case']:36} {row.implementation:18} {row.direction:8}"
-    return f"{what} {row.error}" if row.error else f"{what} {row.ms_median:9.3f} ms  {row.peak_gib:6.1f} GiB"
+    return (
+        f"{what} {row.error}"
+        if row.error
+        else f"{what} {row.ms_median:9.3f} ms  {row.peak_gib:6.1f} GiB  host {row.overhead_us:6.0f} us"
+    )

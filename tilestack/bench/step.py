@@ -105,7 +105,7 @@ def time_step(name: str, case: StepCase, repeats: int) -> Row:
         op="step", case=case.as_dict(), implementation=name, direction="step",
         ms_median=timing.median, ms_min=timing.low, ms_max=timing.high,
         tflops=flops / timing.median / 1e9, peak_gib=timing.peak_gib,
-        tokens_per_s=n_tokens / timing.median * 1e3, cold_s=timing.cold_s,
+        tokens_per_s=n_tokens / timing.median * 1e3, overhead_us=timing.overhead_us, cold_s=timing.cold_s,
     )  # fmt: skip
 
 

@@ -9,37 +9,51 @@ from dataclasses import dataclass
 
 import torch
 
+CLOCK_HZ = 2e9  # about a GPU's clock: the backlog need not be exact
+LONGEST_BACKLOG_S = 1.0
+
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds on the GPU over the repeats, peak memory, and the first call's seconds."""
+    """Milliseconds on the GPU over the repeats, peak memory, host microseconds a call, the first call's seconds."""
 
     median: float
     low: float
     high: float
     peak_gib: float
+    overhead_us: float
     cold_s: float
 
 
 def measure(call: Callable[[], object], repeats: int = 20, warmup: int = 3) -> Timing:
-    """Time `call`: the first call apart (it compiles), then `warmup` untimed and `repeats` timed ones."""
+    """Time `call`: the first call apart (it compiles), then `warmup` untimed and `repeats` timed ones.
+
+    The GPU is kept busy while the host enqueues the timed calls, so that a call shorter than its own launch is timed
+    by what the GPU does and not by the host, whose time is `overhead_us`.
+    """
     torch.cuda.synchronize()
     started = time.perf_counter()
     call()
     torch.cuda.synchronize()
     cold_s = time.perf_counter() - started
+    started = time.perf_counter()
     for _ in range(warmup):
         call()
+    host_s = (time.perf_counter() - started) / warmup
     torch.cuda.reset_peak_memory_stats()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(min(1.5 * host_s * repeats, LONGEST_BACKLOG_S) * CLOCK_HZ))
+    started = time.perf_counter()
     for start, end in events:
         start.record()
         call()
         end.record()
+    overhead_us = (time.perf_counter() - started) / repeats * 1e6
     torch.cuda.synchronize()
     times = [start.elapsed_time(end) for start, end in events]
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return Timing(statistics.median(times), min(times), max(times), peak, cold_s)
+    return Timing(statistics.median(times), min(times), max(times), peak, overhead_us, cold_s)
 
 
 def ceilings() -> dict[str, float]:
