@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_qwen3_moe import Plain, ours_like, plain_model
 
 from tilestack import Qwen3MoeForCausalLM
@@ -93,3 +93,40 @@ def test_building_ours_leaves_the_callers_config_alone():
     before = plain.config.to_dict() | {"attention": plain.config._attn_implementation}
     Qwen3MoeForCausalLM(plain.config)
     assert plain.config.to_dict() | {"attention": plain.config._attn_implementation} == before
+
+
+def break_missing(folder):
+    sorted(folder.glob("*.safetensors"))[1].unlink()
+
+
+def break_truncated(folder):
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+
+
+def break_architecture(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
+
+
+def break_parameter(folder):
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensors.pop("model.norm.weight", None) is not None:
+            save_file(tensors, shard, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_missing, r"model-00002-of-\d+.safetensors: missing, but .*index.json lists it"),
+        (break_truncated, r"model-00002-of-\d+.safetensors: truncated or no safetensors file"),
+        (break_architecture, r"model_type must be 'qwen3_moe', got 'llama'"),
+        (break_parameter, r"lacks 1 of the model's parameters: model.norm.weight"),
+    ],
+)
+def test_a_broken_checkpoint_is_refused(tmp_path, damage, message):
+    plain_model().save_pretrained(tmp_path, max_shard_size=SHARD)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        Qwen3MoeForCausalLM.from_pretrained(tmp_path)

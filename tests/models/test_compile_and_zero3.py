@@ -96,9 +96,9 @@ def test_from_pretrained_restores_the_frequencies_by_itself(tmp_path, monkeypatc
     load = type(plain).from_pretrained.__func__
 
     def spoil(cls, *args, **kwargs):
-        model = load(cls, *args, **kwargs)
+        model, info = load(cls, *args, **kwargs)
         model.model.rotary_emb.bfloat16()
-        return model
+        return model, info
 
     monkeypatch.setattr(type(plain), "from_pretrained", classmethod(spoil))
     assert_frequencies(Qwen3MoeForCausalLM.from_pretrained(tmp_path), plain)

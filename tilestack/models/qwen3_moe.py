@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from tilestack.models.config_v4 import add_v4_keys
 from tilestack.models.enable import enable
 from tilestack.models.kernel_choice import KernelChoice
 from tilestack.models.layers import LMHead
+from tilestack.models.loading import check_folder, check_loaded
 from tilestack.models.outputs import MoeCausalLMOutput, MoeModelOutput
 from tilestack.models.packing import Packing, find_packing, positions_of
 from tilestack.models.registration import NAME
@@ -163,15 +165,21 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args: Any, **kwargs: Any):
-        """As in transformers, with `kernels`."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info=True
+        """As in transformers, with `kernels`, and strict.
+
+        Raises ValueError for a checkpoint that is of another architecture, lacks parameters, or has a broken shard.
+        """
+        source, info_wanted = pretrained_model_name_or_path, kwargs.pop("output_loading_info", False)
+        if source is not None and Path(source).is_dir():
+            check_folder(Path(source, kwargs.get("subfolder", "")))
+        model, info = super().from_pretrained(source, *args, output_loading_info=True, **kwargs)
+        check_loaded(source, info)
         if kwargs.get("attn_implementation") == "sdpa":
             model.set_attn_implementation("sdpa")
         if kwargs.get("experts_implementation") == "grouped_mm":
             model.set_experts_implementation("grouped_mm")
         restore_rotary_frequencies(model)
-        return loaded
+        return (model, info) if info_wanted else model
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs: Any) -> None:
         """As in transformers; config.json also gets the keys that transformers 4 and stacks built on it read."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 
@@ -16,11 +15,9 @@ def restore_rotary_frequencies(model: nn.Module) -> int:
     """
     found = [each for each in model.modules() if isinstance(each, Qwen3MoeRotaryEmbedding)]
     for rotary in found:
-        make = rotary.compute_default_rope_parameters
-        if rotary.rope_type != "default":
-            make = ROPE_INIT_FUNCTIONS[rotary.rope_type]
-        with torch.device("cpu"):  # exact wherever the model lies; a context of a meta device does not reach it
-            frequencies, rotary.attention_scaling = make(rotary.config, torch.device("cpu"))
+        with torch.device("cpu"):  # the same bits wherever the model lies
+            fresh = type(rotary)(rotary.config)
+        rotary.attention_scaling = fresh.attention_scaling
         for name in ("inv_freq", "original_inv_freq"):
-            setattr(rotary, name, frequencies.to(getattr(rotary, name).device, torch.float32, copy=True))
+            setattr(rotary, name, getattr(fresh, name).to(getattr(rotary, name).device))
     return len(found)
