@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from app.tiny_run import only_run, write_config
+
 
 @pytest.fixture(scope="session")
 def train_script():
@@ -16,6 +18,17 @@ def train_script():
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, train_script):
+    """The folder of a tiny run of 8 steps that nothing disturbed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    train_script.main(["--config", str(write_config(folder))])
+    torch.set_num_threads(threads)
+    return only_run(folder)
 
 
 @pytest.fixture

@@ -2,23 +2,12 @@
 
 import signal
 
-import pytest
-import torch
 import transformers
 import yaml
 
 from app.tiny_run import numbers, only_run, records, write_config
 from tilestack.app import checkpoints
 from tilestack.app.interrupts import Stop
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, train_script):
-    """The folder of a run of 8 steps that nothing disturbed."""
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("finished")
-    train_script.main(["--config", str(write_config(folder))])
-    return only_run(folder)
 
 
 def test_a_run_leaves_everything_that_it_promises(finished):
