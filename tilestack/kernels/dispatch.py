@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.machinery
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -86,6 +87,7 @@ class Implementation:
     min_capability, max_capability: NVIDIA architectures it runs on, both included; None means any.
     packages: modules that must be importable.
     interpretable: a Triton kernel, which TRITON_INTERPRET=1 runs on the CPU.
+    note: what a user should know of it before relying on it; shown by `explain`.
     """
 
     name: str
@@ -96,6 +98,7 @@ class Implementation:
     max_capability: int | None = None
     packages: tuple[str, ...] = ()
     interpretable: bool = False
+    note: str = ""
 
     def refuses_machine(self, device: Device) -> str | None:
         """None if the implementation runs on this machine at all, else the reason why it does not."""
@@ -230,4 +233,16 @@ def ops() -> dict[str, Op]:
 
 
 def _missing(packages: tuple[str, ...]) -> str:
-    return ", ".join(name for name in packages if importlib.util.find_spec(name) is None)
+    return ", ".join(name for name in packages if not _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    """Whether a module can be found, without importing the packages that it lies in, as find_spec would."""
+    root, *inner = name.split(".")
+    spec = importlib.util.find_spec(root)
+    for index in range(len(inner)):
+        if spec is None:
+            break
+        path = spec.submodule_search_locations or ()
+        spec = importlib.machinery.PathFinder.find_spec(".".join([root, *inner[: index + 1]]), path)
+    return spec is not None

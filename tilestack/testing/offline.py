@@ -193,7 +193,9 @@ class _Direct:
         named = dict(zip(contract.input_names, tensors, strict=True))
         needs = tuple(name for name, tensor in named.items() if tensor is not None and tensor.requires_grad)
         named.update(zip((*contract.outputs, *module.AUXILIARY), results, strict=True))
-        upstream = {name for name in contract.outputs if name not in contract.constants and named[name].numel()}
+        upstream = {
+            name for name in contract.outputs if name not in contract.constants and tuple(named[name].shape) != (0,)
+        }
         grads = [torch.empty_like(named[name]) if name in upstream else None for name in contract.outputs]
         module.backward(*grads, *[_pick(named, name) for name in module.SAVED], needs=needs, params=params)
 

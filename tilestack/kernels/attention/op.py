@@ -17,6 +17,7 @@ import torch
 
 from tilestack.kernels import checks
 from tilestack.kernels.attention.layout import empty_lse
+from tilestack.kernels.attention.vendors import AFTER_TRITON, BEFORE_TRITON
 from tilestack.kernels.dispatch import Implementation, Op, portable, reference
 from tilestack.kernels.registration import Contract
 
@@ -59,7 +60,7 @@ HOPPER = Implementation(
     max_capability=90,
     packages=("triton",),
 )
-OP = Op(CONTRACT, (HOPPER, portable("attention"), reference("attention")))
+OP = Op(CONTRACT, (HOPPER, *BEFORE_TRITON, portable("attention"), *AFTER_TRITON, reference("attention")))
 
 
 def attention(
