@@ -18,16 +18,17 @@ from tilestack.kernels.attention.triton_blocks import load_rows, locate, sees, s
 
 @triton.jit
 def _add_dq(
-    dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, rows, begin, end, shift, length_k, scale, left, right,
+    dq, q, dout, lse, delta, k_ptr, v_ptr, stride_k, stride_v, rows, begin, full_begin, full_end, end, shift,
+    length_k, scale, left, right,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     for start in tl.range(begin, end, BLOCK_N):
-        k = load_rows(k_ptr, start, stride_k, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        v = load_rows(v_ptr, start, stride_v, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
+        k = load_rows(k_ptr, start, stride_k, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+        v = load_rows(v_ptr, start, stride_v, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         weights = tl.exp2(scores * scale - lse[:, None])
-        if MASKED:
+        if (start < full_begin) | (start >= full_end):
             keys = start + tl.arange(0, BLOCK_N)
             visible = sees(rows[:, None], keys[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT)
             weights = tl.where(visible, weights, 0.0)
@@ -80,18 +81,9 @@ def attention_bwd_dq_kernel(
     lse = load_lse(lse_ptr + offs_lse, rows < length_q)
     scale = softmax_scale * 1.4426950408889634  # log2 e
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if HAS_LEFT:
-        dq = _add_dq(
-            dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, rows, begin, full_begin, shift, length_k,
-            scale, left, right, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_LEFT, HAS_RIGHT, PRECISION, True,
-        )  # fmt: skip
     dq = _add_dq(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, rows, full_begin, full_end, shift, length_k,
-        scale, left, right, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_LEFT, HAS_RIGHT, PRECISION, False,
-    )  # fmt: skip
-    dq = _add_dq(
-        dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, rows, full_end, end, shift, length_k,
-        scale, left, right, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_LEFT, HAS_RIGHT, PRECISION, True,
+        dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, rows, begin, full_begin, full_end, end, shift,
+        length_k, scale, left, right, HEAD_DIM, BLOCK_D, BLOCK_N, HAS_LEFT, HAS_RIGHT, PRECISION,
     )  # fmt: skip
     store_rows(dq_ptr, first, stride_s, length_q, dq * softmax_scale, BLOCK_M, HEAD_DIM, BLOCK_D)
 
