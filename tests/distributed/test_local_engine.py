@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import Qwen3MoeForCausalLM
 
-from distributed.tiny import global_step, tiny_config, tiny_model
+from distributed.tiny import global_step, plain_model, tiny_model
 from tilestack.distributed import CheckpointError, DistributedConfig, OptimizerConfig, make_engine
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
@@ -48,8 +48,8 @@ def plain_training(model, steps):
 
 def test_five_float32_steps_are_those_of_transformers_and_torch_adamw():
     # float32 sums in another order: a relative error of a few units in the last place, which training amplifies
-    ours, plain = tiny_model(), tiny_model()
-    engine = local_engine(ours)
+    plain = plain_model()
+    engine = local_engine(tiny_model())
     for step, (loss, aux, norm) in enumerate(plain_training(plain, steps=5)):
         result = engine.train_step(global_step(step, ACCUMULATION), lr=1e-2)
         assert result.loss.item() == pytest.approx(loss, rel=1e-5)
@@ -62,31 +62,28 @@ def test_bfloat16_weights_follow_float32_masters():
     engine = local_engine(tiny_model(torch.bfloat16))
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     # updates far below bfloat16's resolution of the weights: without masters they would all be lost
-    for step in range(40):
+    for step in range(10):
         engine.train_step(global_step(step % 2, ACCUMULATION), lr=1e-5)
-    norm_weight = "model.norm.weight"  # ones: a bfloat16 step there is 2^-8, forty updates come to 4e-4 at most
+    norm_weight = "model.norm.weight"  # ones: a bfloat16 step there is 2^-8, ten updates come to 1e-4
     slot = engine.slots[norm_weight]
     assert torch.equal(engine.model.get_parameter(norm_weight), before[norm_weight])
-    assert 1e-5 < (slot.master - 1).abs().max() < 1e-3
+    assert 1e-5 < (slot.master - 1).abs().max() < 2e-4
     for name, each in engine.slots.items():
         assert each.master.dtype == each.exp_avg.dtype == torch.float32
         assert torch.equal(each.parameter, each.master.bfloat16()), name
 
 
 def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32():
-    engine, plain = local_engine(tiny_model(torch.bfloat16)), tiny_model(torch.bfloat16)
+    engine, again = local_engine(tiny_model(torch.bfloat16)), tiny_model(torch.bfloat16)
     seen = {}
-    engine._update = lambda lr, norm: seen.update(
-        {name: slot.gradient().clone() for name, slot in engine.slots.items()}
-    )
+    engine._update = lambda lr, norm: seen.update({name: slot.gradient() for name, slot in engine.slots.items()})
     batches = global_step(0, ACCUMULATION)
     engine.train_step(batches, lr=1e-2)
-    plain.router_aux_loss_coef /= ACCUMULATION
-    expected = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in plain.named_parameters()}
+    expected = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in again.named_parameters()}
     for batch in batches:
-        inputs = plain_inputs(batch)
-        plain(**inputs, num_items_in_batch=batch["num_items"], output_router_logits=True).loss.backward()
-        for name, parameter in plain.named_parameters():
+        shares = {"num_items_in_batch": batch["num_items"], "output_aux_loss": True, "aux_loss_divisor": ACCUMULATION}
+        again(**plain_inputs(batch), **shares).loss.backward()
+        for name, parameter in again.named_parameters():
             expected[name] += parameter.grad
             parameter.grad = None
     for name, gradient in expected.items():
@@ -105,8 +102,9 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, dtype
     first = local_engine(tiny_model(dtype))
     begun = losses(first, 3)
     first.save(tmp_path)
-    torch.manual_seed(99)
-    second = local_engine(Qwen3MoeForCausalLM(tiny_config()).to(dtype))  # other weights until it loads
+    other = tiny_model(dtype)
+    torch.nn.init.normal_(other.lm_head.weight)  # so that a load that does nothing is seen
+    second = local_engine(other)
     second.load(tmp_path)
     assert begun + losses(second, 6, first=3) == uninterrupted
 
@@ -163,8 +161,9 @@ def test_evaluation_is_the_mean_over_labels_and_leaves_training_as_it_was():
     engine = local_engine(tiny_model())
     batches = [batch for step in range(2) for batch in global_step(step, 2)]
     total, labels = 0.0, 0
+    plain = plain_model()
     for batch in batches:
-        output = engine.model(**plain_inputs(batch))
+        output = plain(**plain_inputs(batch))
         count = int((batch["labels"][:, 1:] != -100).sum())
         total, labels = total + output.loss.item() * count, labels + count
     assert engine.evaluate(iter(batches)) == pytest.approx(total / labels, rel=1e-6)
@@ -208,6 +207,11 @@ def test_tied_embeddings_are_trained_saved_and_exported_once(tmp_path):
 def test_a_wrong_number_of_micro_batches_is_refused():
     with pytest.raises(ValueError, match="train_step needs 3 micro-batches, got 2"):
         local_engine(tiny_model()).train_step(global_step(0, 2), lr=1e-2)
+
+
+def test_a_model_of_plain_transformers_is_refused_with_what_to_call():
+    with pytest.raises(ValueError, match=r"call tilestack\.enable\(model\)"):
+        local_engine(plain_model())
 
 
 def test_weights_of_a_dtype_that_is_not_trained_are_refused():

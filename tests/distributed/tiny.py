@@ -1,7 +1,10 @@
 """The tiny model and the micro-batches that all tests of the engines share."""
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+import transformers
+from transformers import Qwen3MoeConfig
+
+from tilestack import Qwen3MoeForCausalLM
 
 VOCABULARY = 96
 
@@ -21,15 +24,20 @@ def tiny_config(**changes) -> Qwen3MoeConfig:
         "norm_topk_prob": True,
         "router_aux_loss_coef": 0.1,  # large, so that a wrong scale of it is seen
         "max_position_embeddings": 128,
-        "use_cache": False,
-        "attn_implementation": "sdpa",
     }
     return Qwen3MoeConfig(**settings | changes)
 
 
 def tiny_model(dtype=torch.float32, **changes) -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
-    return Qwen3MoeForCausalLM(tiny_config(**changes)).to(dtype)
+    return Qwen3MoeForCausalLM._from_config(tiny_config(**changes), dtype=dtype)
+
+
+def plain_model() -> transformers.Qwen3MoeForCausalLM:
+    """The same weights in transformers' own class, untouched."""
+    model = transformers.Qwen3MoeForCausalLM(tiny_config(attn_implementation="sdpa", use_cache=False))
+    model.load_state_dict(tiny_model().state_dict())
+    return model
 
 
 def micro_batch(seed: int, lengths: tuple[int, ...] = (20, 28)) -> dict:

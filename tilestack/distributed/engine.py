@@ -11,6 +11,7 @@ import torch
 
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig
 from tilestack.distributed.launch import current_world, uses_deepspeed
+from tilestack.models import Qwen3MoeForCausalLM
 
 MicroBatch = dict[str, torch.Tensor | int]
 
@@ -83,13 +84,19 @@ def make_engine(
 ) -> Engine:
     """The engine that trains `model`: our own for one process, DeepSpeed from two on (or when asked for by name).
 
-    model: a transformers causal language model of Qwen3-MoE, built inside `launch.build_model`; its dtype decides the
-        precision: bfloat16 weights get float32 master weights and moments, float32 ones are trained as they are.
+    model: a tilestack.Qwen3MoeForCausalLM (or a transformers one after tilestack.enable), built inside
+        `launch.build_model`. Its dtype decides the precision: bfloat16 weights get float32 master weights and moments,
+        float32 ones are trained as they are.
     accumulation: micro-batches per step and rank.
     activation_checkpointing: keep only the inputs of each layer and compute the rest again in the backward pass.
 
-    Raises ValueError for an accumulation below 1, or for weights that are neither bfloat16 nor float32.
+    Raises ValueError for an accumulation below 1, another model, or weights that are neither bfloat16 nor float32.
     """
+    if not isinstance(model, Qwen3MoeForCausalLM):
+        raise ValueError(
+            f"model must be a tilestack.Qwen3MoeForCausalLM, got {type(model).__module__}.{type(model).__name__}; "
+            "load it by that class, or call tilestack.enable(model)"
+        )
     if accumulation < 1:
         raise ValueError(f"accumulation must be at least 1, got {accumulation}")
     dtypes = {parameter.dtype for parameter in model.parameters()}

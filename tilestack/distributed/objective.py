@@ -8,10 +8,10 @@ neither on how the step is cut into micro-batches' groups nor on how many ranks 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from tilestack.distributed.engine import MicroBatch, StepResult
 
@@ -32,20 +32,22 @@ class StepSums:
         # one tensor, so that one collective reduces it: loss, load-balancing loss, routes by expert
         self.sums = torch.zeros(2 + experts, dtype=torch.float32, device=device)
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """The micro-batch's share of the step's loss, to be differentiated: the shares of a step add up to it."""
-        with _share_of_aux_loss(self.model, 1 / self.micro_batches):
-            output = self.model(
-                **model_inputs(batch, self.sums.device),
-                num_items_in_batch=batch["num_items"],
-                output_router_logits=self.routed,
-                use_cache=False,
-            )
+    def forward(self, batch: MicroBatch, call: Callable | None = None) -> torch.Tensor:
+        """The micro-batch's share of the step's loss, to be differentiated: the shares of a step add up to it.
+
+        call: what runs the model, where that is not the model itself.
+        """
+        output = (call or self.model)(
+            **model_inputs(batch, self.sums.device),
+            num_items_in_batch=batch["num_items"],
+            output_aux_loss=True,
+            aux_loss_divisor=self.micro_batches,
+        )
         with torch.no_grad():
             self.sums[0] += output.loss
             if self.routed:
                 self.sums[1] += output.aux_loss / self.micro_batches
-                self.sums[2:] += _routes_by_expert(output.router_logits, self.model.config.num_experts_per_tok)
+                self.sums[2:] += output.tokens_per_expert.sum(0)
         return output.loss
 
     def result(self, grad_norm: torch.Tensor) -> StepResult:
@@ -76,8 +78,7 @@ def evaluation_sums(model: torch.nn.Module, batches: list[MicroBatch], device: t
         with torch.no_grad():
             for batch in batches:
                 inputs = model_inputs(batch, device)
-                output = model(**inputs, num_items_in_batch=1, output_router_logits=False, use_cache=False)
-                sums[0] += output.loss
+                sums[0] += model(**inputs, num_items_in_batch=1).ce_loss
                 # the model shifts: the first label of a row is nobody's target
                 sums[1] += (inputs["labels"][:, 1:] != IGNORED).sum()
     finally:
@@ -86,24 +87,4 @@ def evaluation_sums(model: torch.nn.Module, batches: list[MicroBatch], device: t
 
 
 def _has_routers(model: torch.nn.Module) -> bool:
-    return any(name.endswith("mlp.gate") for name, _ in model.named_modules())
-
-
-def _routes_by_expert(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
-    first = router_logits[0]
-    routes = torch.zeros(first.shape[-1], dtype=torch.float32, device=first.device)
-    for logits in router_logits:
-        chosen = logits.topk(top_k, dim=-1).indices.flatten()
-        routes.index_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
-    return routes
-
-
-@contextlib.contextmanager
-def _share_of_aux_loss(model: torch.nn.Module, share: float) -> Iterator[None]:
-    """transformers' forward adds coef * aux_loss whole for every micro-batch; here each adds its share of the mean."""
-    coefficient = model.router_aux_loss_coef
-    model.router_aux_loss_coef = coefficient * share
-    try:
-        yield
-    finally:
-        model.router_aux_loss_coef = coefficient
+    return any(isinstance(module, Qwen3MoeSparseMoeBlock) for module in model.modules())

@@ -110,7 +110,8 @@ class Qwen3MoeDecoderLayer(original.Qwen3MoeDecoderLayer):
 
         They are results, not a side effect, so that reentrant checkpointing gives them gradients.
         """
-        update, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        # by position: for a leaf that gets only keywords, ZeRO-3 takes the gradients before they are there
+        update, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         normalised, residual = self.post_attention_layernorm(update, residual=hidden_states)
         if not isinstance(self.mlp, original.Qwen3MoeSparseMoeBlock):
             return residual + self.mlp(normalised)

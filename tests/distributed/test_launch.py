@@ -1,0 +1,137 @@
+"""What is checked before training starts, and the configuration that DeepSpeed gets."""
+
+import json
+
+import pytest
+import torch
+from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+from deepspeed.utils import z3_leaf_module
+from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
+
+from distributed.tiny import tiny_model
+from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, launch
+from tilestack.distributed.deepspeed_settings import deepspeed_settings
+
+CPU = torch.device("cpu")
+
+
+def test_a_missing_compiler_is_said_before_training_with_what_to_install(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match=r"no C\+\+ compiler.*apt install g\+\+"):
+        launch.start(DistributedConfig())
+
+
+def test_missing_python_headers_are_said_with_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(LaunchError, match=r"Python\.h.*apt install python3-dev"):
+        launch.check_deepspeed(CPU)
+
+
+def test_missing_deepspeed_is_said_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LaunchError, match="pip install 'tilestack"):
+        launch.check_deepspeed(CPU)
+
+
+def test_one_process_needs_neither_deepspeed_nor_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert launch.start(DistributedConfig()).world_size == 1
+
+
+def test_several_processes_of_the_local_engine_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LaunchError, match="one process, but 2 were started"):
+        launch.start(DistributedConfig(engine="local"))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: DistributedConfig(zero=4), r"distributed\.zero must be 0, 1, 2 or 3, got 4"),
+        (lambda: DistributedConfig(engine="fsdp"), r"distributed\.engine must be .*, got 'fsdp'"),
+        (lambda: OptimizerConfig(lr=-1.0), r"optimizer\.lr must be a finite number of at least 0, got -1\.0"),
+        (lambda: OptimizerConfig(eps=float("nan")), r"optimizer\.eps must be a finite number"),
+        (lambda: OptimizerConfig(beta2=1.0), r"optimizer\.beta2 must be in \[0, 1\), got 1\.0"),
+        (lambda: OptimizerConfig(non_finite="ignore"), r"optimizer\.non_finite must be 'stop' or 'skip'"),
+    ],
+)
+def test_wrong_configuration_is_refused_with_its_key(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_our_moe_blocks_are_marked_as_leaves_which_deepspeed_would_not_know():
+    from tilestack.distributed.deepspeed_engine import mark_leaf_modules
+
+    model = tiny_model()
+    blocks = {layer.mlp for layer in model.model.layers}
+    apply_zero_leaf_module_config(model, DeepSpeedZeroLeafModuleConfig())  # DeepSpeed's own list
+    assert not any(z3_leaf_module(block) for block in blocks)
+    mark_leaf_modules(model)
+    assert all(z3_leaf_module(block) for block in blocks)
+
+
+class TestTheDeepSpeedConfiguration:
+    @pytest.fixture
+    def own(self, tmp_path):
+        def write(text):
+            path = tmp_path / "own.json"
+            path.write_text(text if isinstance(text, str) else json.dumps(text))
+            return DistributedConfig(deepspeed_config=str(path))
+
+        return write
+
+    def settings(self, distributed, dtype=torch.float32):
+        return deepspeed_settings(distributed, OptimizerConfig(max_grad_norm=0.5), 4, dtype, 2)
+
+    def test_ours_states_what_deepspeed_changed_the_default_of(self):
+        settings = self.settings(DistributedConfig(zero=3), torch.bfloat16)
+        assert settings["zero_optimization"]["stage"] == 3
+        assert settings["gradient_clipping"] == 0.5
+        assert settings["bf16"] == {"enabled": True, "check_grad_overflow": True}
+        assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert settings["train_batch_size"] == 8
+
+    def test_clipping_that_is_off_is_off_in_deepspeed_too(self):
+        optimizer = OptimizerConfig(max_grad_norm=0)
+        assert deepspeed_settings(DistributedConfig(), optimizer, 1, torch.float32, 1)["gradient_clipping"] == 0
+
+    def test_auto_in_the_users_file_is_filled_in(self, own):
+        written = {
+            "gradient_accumulation_steps": "auto",
+            "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto", "overlap_comm": False},
+            "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        }
+        settings = self.settings(own(written))
+        assert settings["gradient_accumulation_steps"] == 4
+        assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+        assert settings["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+
+    @pytest.mark.parametrize(
+        "written, message",
+        [
+            ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2, tilestack's has 4"),
+            ({"gradient_clipping": 1.0}, r"gradient_clipping=1\.0, tilestack's has 0\.5"),
+            ({"bf16": {"enabled": True}}, r"bf16\.enabled=True, tilestack's has False"),
+            ({"optimizer": {"params": {"lr": 1.0}}}, r"optimizer\.params\.lr=1\.0, tilestack's has 0\.0003"),
+            ({"scheduler": {"type": "WarmupLR"}}, "remove 'scheduler'"),
+            ({"fp16": {"enabled": True}}, "remove 'fp16'"),
+            ([], "must hold a JSON object, got list"),
+            ("{", "is not JSON"),
+        ],
+    )
+    def test_a_file_that_contradicts_is_refused(self, own, written, message):
+        with pytest.raises(ValueError, match=message):
+            self.settings(own(written))
+
+    def test_a_stage_that_contradicts_the_file_is_refused(self, own):
+        path = own({"zero_optimization": {"stage": 1}}).deepspeed_config
+        with pytest.raises(ValueError, match=r"zero_optimization\.stage=1, tilestack's has 3"):
+            self.settings(DistributedConfig(zero=3, deepspeed_config=path))
+
+    def test_a_missing_file_is_named(self):
+        with pytest.raises(ValueError, match="cannot be read: No such file"):
+            self.settings(DistributedConfig(deepspeed_config="no/such.json"))

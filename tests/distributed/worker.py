@@ -1,0 +1,123 @@
+"""What torchrun starts for test_deepspeed_engine.py: trains the tiny model under one setting after another.
+
+usage: worker.py FOLDER STAGE..., with a checkpoint in FOLDER/model and a DeepSpeed file own-<zero>.json a stage.
+Every rank writes FOLDER/stage-<zero>-rank-<rank>.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from deepspeed.utils import z3_leaf_module
+
+from distributed.tiny import global_step, micro_batch
+from tilestack import Qwen3MoeForCausalLM
+from tilestack.distributed import DistributedConfig, OptimizerConfig, build_model, make_engine, start
+
+STEPS = 5
+MICRO_BATCHES = 4  # in a step, over all ranks
+OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
+
+
+def make(folder: Path, distributed: DistributedConfig, dtype=torch.float32, **options):
+    world = start(distributed)
+    with build_model(distributed, dtype):
+        model = Qwen3MoeForCausalLM.from_pretrained(folder / "model", dtype=dtype)
+    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // world.world_size, **options)
+
+
+def own_share(engine, step: int) -> list[dict]:
+    return global_step(step, MICRO_BATCHES)[engine.rank :: engine.world_size]
+
+
+def train(engine, first: int, last: int) -> list[dict]:
+    return [measured(engine.train_step(own_share(engine, step), lr=1e-2)) for step in range(first, last)]
+
+
+def measured(result) -> dict:
+    return {
+        "loss": result.loss.item(),
+        "aux_loss": result.aux_loss.item(),
+        "grad_norm": result.grad_norm.item(),
+        "expert_load": result.expert_load.tolist(),
+    }
+
+
+def losses(steps: list[dict]) -> list[float]:
+    return [step["loss"] for step in steps]
+
+
+def a_step_that_is_not_finite(engine) -> dict:
+    before = engine.whole_weights()
+    spoil = engine.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("inf"))
+    norm = engine.train_step(own_share(engine, 0), lr=1e-2).grad_norm
+    spoil.remove()
+    after = engine.whole_weights()
+    return {
+        "norm is finite": bool(torch.isfinite(norm)),
+        "weights are the same": all(torch.equal(after[name], before[name]) for name in before),
+        "next norm": engine.train_step(own_share(engine, 0), lr=1e-2).grad_norm.item(),
+    }
+
+
+def checkpoint_of_stage_9(folder: Path) -> Path:
+    other = folder / f"other-{os.environ['RANK']}"
+    other.mkdir(exist_ok=True)
+    state = {"engine": "deepspeed", "world_size": int(os.environ["WORLD_SIZE"]), "zero": 9}
+    (other / "engine.json").write_text(json.dumps(state))
+    return other
+
+
+def message(call, *arguments) -> str:
+    try:
+        call(*arguments)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def run_stage(folder: Path, zero: int) -> dict:
+    distributed = DistributedConfig(engine="deepspeed", zero=zero)
+    checkpoint = folder / f"checkpoint-{zero}"
+    engine = make(folder, distributed)
+    found = {"steps": train(engine, 0, 3)}
+    checkpoint.mkdir(exist_ok=True)
+    engine.save(checkpoint)
+    found["steps"] += train(engine, 3, STEPS)
+    found["evaluation"] = engine.evaluate([micro_batch(7 + engine.rank), micro_batch(17 + engine.rank)])
+    found["uneven evaluation"] = message(engine.evaluate, [micro_batch(7)] * (1 + engine.rank))
+    engine.export(folder / f"export-{zero}")
+    weights = engine.whole_weights()
+    if engine.rank == 0:
+        torch.save(weights, folder / f"weights-{zero}.pt")
+    found["leaves"] = sorted(name for name, module in engine.model.named_modules() if z3_leaf_module(module))
+
+    resumed = make(folder, distributed)
+    resumed.load(checkpoint)
+    found["resumed"] = train(resumed, 3, STEPS)
+    found["another stage"] = message(resumed.load, checkpoint_of_stage_9(folder))
+    found["not finite"] = a_step_that_is_not_finite(resumed)
+
+    low = make(folder, distributed, torch.bfloat16)
+    found["bfloat16"] = losses(train(low, 0, 3))
+    found["bfloat16 not finite"] = a_step_that_is_not_finite(low)
+    found["inv_freq"] = [str(low.model.model.rotary_emb.inv_freq.dtype), *low.model.model.rotary_emb.inv_freq.tolist()]
+
+    found["checkpointed"] = losses(train(make(folder, distributed, activation_checkpointing=True), 0, 2))
+    own_file = DistributedConfig(engine="deepspeed", deepspeed_config=str(folder / f"own-{zero}.json"))
+    found["own file"] = losses(train(make(folder, own_file), 0, 2))
+    return found
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    for zero in map(int, sys.argv[2:]):
+        found = run_stage(folder, zero)
+        (folder / f"stage-{zero}-rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The configuration that DeepSpeed gets: ours, or the user's own file with what tilestack must know filled in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+
+
+def deepspeed_settings(
+    distributed: DistributedConfig,
+    optimizer: OptimizerConfig,
+    accumulation: int,
+    dtype: torch.dtype,
+    world_size: int,
+) -> dict[str, Any]:
+    """The whole DeepSpeed configuration of a training.
+
+    Every value that DeepSpeed 0.19 changed the default of, or that tilestack's arithmetic leans on, is written out.
+
+    Raises ValueError if the user's file is not readable or contradicts tilestack's configuration.
+    """
+    settings = construction_settings(distributed, dtype)
+    own = {
+        "train_micro_batch_size_per_gpu": 1,  # one packed row
+        "gradient_accumulation_steps": accumulation,
+        "train_batch_size": accumulation * world_size,
+        "gradient_clipping": optimizer.max_grad_norm,
+    }
+    for key, value in own.items():
+        _agree(settings, (key,), value)
+    if "optimizer" in settings:
+        params = settings["optimizer"].setdefault("params", {})
+        chosen = {"betas": [optimizer.beta1, optimizer.beta2], "weight_decay": optimizer.weight_decay}
+        for key, value in {"lr": optimizer.lr, "eps": optimizer.eps, **chosen}.items():
+            _agree(settings, ("optimizer", "params", key), value)
+            params[key] = value
+    return settings
+
+
+def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """The part that decides how parameters are cut up, enough to build a ZeRO-3 model with.
+
+    Raises ValueError as `deepspeed_settings` does.
+    """
+    settings = _read(distributed.deepspeed_config) if distributed.deepspeed_config else {}
+    for key in ("scheduler", "fp16"):
+        if settings.get(key, {"enabled": False}).get("enabled", True):
+            reason = (
+                "tilestack sets the learning rate of every step" if key == "scheduler" else "tilestack trains in bf16"
+            )
+            raise ValueError(f"{distributed.deepspeed_config}: remove {key!r}: {reason}")
+    zero = settings.setdefault("zero_optimization", {})
+    if distributed.zero is not None:
+        _agree(settings, ("zero_optimization", "stage"), distributed.zero)
+    zero.setdefault("stage", 2)
+    _agree(settings, ("bf16", "enabled"), dtype == torch.bfloat16)
+    if dtype == torch.bfloat16:
+        settings["bf16"].setdefault("check_grad_overflow", True)
+        if zero["stage"] > 0:  # DeepSpeed refuses it without ZeRO
+            # micro-batches' gradients are summed in float32, as our own engine does
+            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    settings.setdefault("steps_per_print", None)
+    settings.setdefault("train_micro_batch_size_per_gpu", 1)
+    return settings
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"distributed.deepspeed_config={path!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"distributed.deepspeed_config={path!r} is not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"distributed.deepspeed_config={path!r} must hold a JSON object, got {type(settings).__name__}"
+        )
+    return _without_auto(settings)
+
+
+def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the values "auto": what tilestack knows is filled in, for the rest DeepSpeed's default holds."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in settings.items()
+        if value != "auto"
+    }
+
+
+def _agree(settings: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    section = settings
+    for key in path[:-1]:
+        section = section.setdefault(key, {})
+    found = section.setdefault(path[-1], value)
+    if found != value:
+        raise ValueError(
+            f"the DeepSpeed configuration has {'.'.join(path)}={found!r}, tilestack's has {value!r}; "
+            'remove it there (or write "auto") or make them equal'
+        )
