@@ -59,6 +59,24 @@ def test_report_counts_what_was_replaced():
     assert "9 x Qwen3MoeRMSNorm" in str(report)
 
 
+def test_report_names_the_implementations_that_run():
+    model = plain_model(mlp_only_layers=[1])
+    report = enable(model, {"moe": "tilestack-triton"})
+    found = report.implementations()
+    assert found["moe"] == "tilestack-triton"
+    assert {found[op] for op in found if op != "moe"} == {"reference"}
+    assert "attention, packed: reference" in str(report)
+    ids = tokens(1, 4)
+    ran = used_ops(model, {"input_ids": ids, "labels": ids})
+    assert "moe_forward_triton" in ran
+    assert "moe_forward_reference" not in ran
+
+
+def test_report_says_why_a_named_implementation_refuses():
+    report = enable(plain_model().double(), {"rms_norm": "tilestack-triton"})
+    assert report.implementations()["rms_norm"].startswith("refused: rms_norm: implementation='tilestack-triton'")
+
+
 def test_undo_restores_everything():
     model, untouched = plain_model(), plain_model()
     classes = {name: type(module) for name, module in model.named_modules()}

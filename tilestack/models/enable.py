@@ -12,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts, Qw
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from tilestack.models.kernel_choice import KernelChoice
+from tilestack.models.probe import implementations
 from tilestack.models.registration import NAME, register
 from tilestack.models.replacement import Slot, slots
 
@@ -25,7 +26,10 @@ class Report:
     replaced: how many modules of each class have our forward now.
     left_alone: what keeps transformers' code, and why.
     kernels: the choice of implementations.
+    model: what was changed.
     """
+
+    model: nn.Module
 
     replaced: dict[str, int] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
@@ -50,9 +54,15 @@ class Report:
         self._before.append((owner, name, getattr(owner, name, _MISSING)))
         setattr(owner, name, value)
 
+    def implementations(self) -> dict[str, str]:
+        """Which implementation of each op the model would run as it is now, or why none takes its shapes."""
+        first = next(self.model.parameters())
+        return implementations(next(_configs(self.model)), self.kernels, first.device, first.dtype)
+
     def __str__(self) -> str:
         lines = [f"  {count:4d} x {name}" for name, count in sorted(self.replaced.items())]
         lines += [f"  left alone: {name}: {reason}" for name, reason in self.left_alone.items()]
+        lines += [f"  {op}: {name}" for op, name in self.implementations().items()]
         return "\n".join(["tilestack replaced:", *lines])
 
 
@@ -80,7 +90,7 @@ def enable(
             f"enable: {type(model).__name__} has no module of transformers' Qwen3-MoE; "
             "tilestack replaces the layers of Qwen3MoeForCausalLM and of models built on Qwen3MoeModel"
         )
-    report = Report(kernels=kernels)
+    report = Report(model, kernels=kernels)
     for slot in found:
         reason = _keeps(slot)
         if reason:

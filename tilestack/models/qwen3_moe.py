@@ -117,7 +117,8 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
             inputs_embeds=hidden,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=positions,
+            # transformers would look for documents in them, and wait for the device; we do that ourselves
+            position_ids=None if self.config._attn_implementation == NAME else positions,
         )
 
     def _packing(self, hidden, mask, position_ids, kwargs) -> Packing | None:
