@@ -70,6 +70,7 @@ def _calls(c: Qwen3MoeConfig, kernels: KernelChoice, device, dtype) -> dict[str,
         return op.attention(q, k, v, causal=True, window_size=window, implementation=kernels.attention, **extra)
 
     x, ids = new(TOKENS, H), new(TOKENS, K, dtype=torch.int32)
+    weights = new(TOKENS, K, dtype=torch.promote_types(dtype, torch.float32))
     dense = new(TOKENS, c.intermediate_size)
     q, k, angles = new(1, TOKENS, heads, D), new(1, TOKENS, kv_heads, D), new(1, TOKENS, D)
     return {
@@ -81,7 +82,7 @@ def _calls(c: Qwen3MoeConfig, kernels: KernelChoice, device, dtype) -> dict[str,
         "attention, packed": lambda: attention(packed=True),
         "router": lambda: op.router(new(TOKENS, E), top_k=K, implementation=kernels.router),
         "moe": lambda: op.moe(
-            x, new(E, 2 * inner, H), new(E, H, inner), ids, new(TOKENS, K, dtype=torch.promote_types(dtype, torch.float32)),
+            x, new(E, 2 * inner, H), new(E, H, inner), ids, weights,
             implementation=kernels.moe,
         ),
         "swiglu": lambda: op.swiglu(dense, dense, implementation=kernels.swiglu),
