@@ -54,12 +54,13 @@ def rows_of(op: OpCases, case: Case, implementation: str, repeats: int) -> list[
                     described,
                     implementation,
                     direction,
-                    timing.median,
-                    timing.low,
-                    timing.high,
+                    ms_median=timing.median,
+                    ms_min=timing.low,
+                    ms_max=timing.high,
                     peak_gib=timing.peak_gib,
+                    overhead_us=timing.overhead_us,
                     cold_s=timing.cold_s,
-                )  # fmt: skip
+                )
             )
     except (RuntimeError, UnsupportedError) as failure:
         rows.append(Row(op.op, described, implementation, "both", error=f"{type(failure).__name__}: {failure}"[:300]))
@@ -90,8 +91,6 @@ def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER)
 def describe(row: Row) -> str:
     """One line for the terminal."""
     what = f"{row.op:22} {row.case['case']:36} {row.implementation:18} {row.direction:8}"
-    return (
-        f"{what} {row.error}"
-        if row.error
-        else f"{what} {row.ms_median:9.3f} ms  {row.peak_gib:6.1f} GiB  host {row.overhead_us:6.0f} us"
-    )
+    if row.error:
+        return f"{what} {row.error}"
+    return f"{what} {row.ms_median:9.3f} ms  {row.peak_gib:6.1f} GiB  host {row.overhead_us:6.0f} us"
