@@ -95,6 +95,7 @@ def main():
                 triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
             found["lost"][kernel.__name__] = sorted(each.name for each in lost)
         signature, constexprs = {"out_ptr": "*fp32", "BLOCK": "constexpr"}, {(1,): 8192}
+        spilling.ASTSource = ASTSource  # a launch would set it
         launch = offline.Launch(spilling, "planted", signature, constexprs, {}, {"num_warps": 1}, "spilling")
         found["violations"] = offline.compile_launch("planted", launch, "sm_90").violations()
     found["unreached"] = sorted(offline.unreached("rms_norm", []))

@@ -1,11 +1,12 @@
 """Compiles every Triton kernel for GPUs that are not there, and says what the compiler made of it.
 
-    python -m tilestack.testing.offline [op ...] [--target sm_90 ...]
+    python -m tilestack.testing.offline [op ...] [--target sm_90 ...] [--thorough]
 
-The host functions of `triton_portable.py` run on tensors of torch's meta device (no memory, so real model shapes cost
-nothing) with Triton's launcher in front of a driver that pretends to be the target: signatures, constexprs, alignment
-and warps are the ones of a real launch. What the launcher would compile is compiled here, and registers, spills and
-shared memory are read from the machine code. Host code that reads a value from the device fails here: there is none.
+The host functions of every implementation in Triton or Gluon run on tensors of torch's meta device (no memory, so real
+model shapes cost nothing) with Triton's launcher in front of a driver that pretends to be the target: signatures,
+constexprs, alignment and warps are the ones of a real launch. What the launcher would compile is compiled here, and
+registers, spills and shared memory are read from the machine code. Host code that reads a value from the device fails
+here: there is none.
 
 Run it in a process without TRITON_INTERPRET: kernels are bound to the interpreter or to the compiler at import.
 """
@@ -32,18 +33,15 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from tilestack.kernels import device as device_facts
 from tilestack.kernels import launch, ops
-from tilestack.kernels.dispatch import Op, UnsupportedError
+from tilestack.kernels.dispatch import Implementation, Op, UnsupportedError
 from tilestack.kernels.registration import InPlaceContract, _pick
 from tilestack.testing.cases import all_cases
 from tilestack.testing.compare import Case, OpCases
 from tilestack.testing.loop_carry import finding_lost_variables
-
-IMPLEMENTATION = "tilestack-triton"
 
 
 @dataclass(frozen=True)
@@ -132,12 +130,15 @@ class _PretendDriver:
         return self._target
 
 
+def _pretended_device(name: str) -> device_facts.Device:
+    return device_facts.Device("cuda", name, f"{name}, not there")
+
+
 @contextlib.contextmanager
 def _pretending(name: str) -> Iterator[None]:
     """Within the context, meta tensors are on the target and Triton launches for it."""
     target = TARGETS[name]
-    arch = name if target.backend == "cuda" else str(target.arch)
-    facts = {("meta", None): device_facts.Device("cuda", arch, f"{name}, not there")}
+    facts = {("meta", None): _pretended_device(name)}
     properties = types.SimpleNamespace(multi_processor_count=target.multiprocessors, name=name)
     launch._multiprocessors.cache_clear()
     with (
@@ -174,9 +175,9 @@ class _Direct:
     The custom ops would run their fake kernels, which launch nothing.
     """
 
-    def __init__(self, op: Op):
+    def __init__(self, op: Op, implementation: str):
         self._contract = op.contract
-        self.module = op._registered[IMPLEMENTATION].module
+        self.module = op._registered[implementation].module
 
     def __call__(self, tensors: tuple, params: Any) -> tuple:
         with torch.no_grad():
@@ -200,7 +201,12 @@ class _Direct:
         module.backward(*grads, *[_pick(named, name) for name in module.SAVED], needs=needs, params=params)
 
 
-def record(op: OpCases, case: Case, target: str) -> list[Launch]:
+def implementations(op: str) -> list[Implementation]:
+    """The op's implementations that Triton compiles."""
+    return [each for each in ops()[op].implementations if "triton" in each.packages]
+
+
+def record(op: OpCases, case: Case, implementation: str, target: str) -> list[Launch]:
     """The kernels that forward and backward of the case would launch on the target, in bfloat16 if the grid has it.
 
     Raises UnsupportedError if the implementation refuses the case there.
@@ -211,11 +217,11 @@ def record(op: OpCases, case: Case, target: str) -> list[Launch]:
     tensors = {name: _on_meta(tensor, name in op.differentiable) for name, tensor in fakes.items()}
     with contextlib.ExitStack() as stack:
         for each in ops().values():
-            if IMPLEMENTATION in each._registered:
-                stack.enter_context(mock.patch.dict(each._registered, {IMPLEMENTATION: _Direct(each)}))
+            direct = {name: _Direct(each, name) for name in each._registered}
+            stack.enter_context(mock.patch.dict(each._registered, direct))
         stack.enter_context(_pretending(target))
         launches = stack.enter_context(_recording(case.name))
-        op.call(tensors, case.arguments, IMPLEMENTATION)
+        op.call(tensors, case.arguments, implementation)
     return launches
 
 
@@ -229,20 +235,23 @@ def _on_meta(tensor: Any, differentiable: bool) -> Any:
     return moved.requires_grad_(differentiable and tensor.is_floating_point())
 
 
-def distinct_launches(op: OpCases, target: str) -> list[Launch]:
-    """What is worth compiling: all that the real shapes launch, and what else the small cases need kernels for.
+def distinct_launches(op: OpCases, implementation: str, target: str, thorough: bool) -> list[Launch]:
+    """What is worth compiling: all that real shapes launch (the first real case, or if thorough every one).
 
-    A kernel that no real shape launches is taken from the first case that does.
+    A kernel that they do not launch is taken from the first other case that does.
     """
+    real = [case for case in op.cases if case.gpu_only]
+    whole = real if thorough else real[:1]
+    rest = [*(case for case in op.cases if not case.gpu_only), *real[len(whole) :]]
     found: dict[str, Launch] = {}
     known: set[JITFunction] = set()
-    for case in sorted(op.cases, key=lambda case: not case.gpu_only):
+    for case in [*whole, *rest]:
         try:
-            launches = record(op, case, target)
+            launches = record(op, case, implementation, target)
         except UnsupportedError:
             continue
         for each in launches:
-            if case.gpu_only or each.kernel not in known:
+            if case in whole or each.kernel not in known:
                 found.setdefault(each.key, each)
         known |= {each.kernel for each in launches}
     return list(found.values())
@@ -251,7 +260,7 @@ def distinct_launches(op: OpCases, target: str) -> list[Launch]:
 def compile_launch(op: str, each: Launch, target_name: str) -> Compiled:
     """Compile one launch for the target and read what came out."""
     target = TARGETS[target_name]
-    source = ASTSource(each.kernel, each.signature, each.constexprs, each.attrs)
+    source = each.kernel.ASTSource(each.kernel, each.signature, each.constexprs, each.attrs)
     started = time.perf_counter()
     kernel = triton.compile(
         source, target=GPUTarget(target.backend, target.arch, target.warp_size), options=each.options
@@ -309,20 +318,25 @@ def unreached(op: str, launches: list[Launch]) -> set[str]:
     return {each.__name__ for each in defined - reached}
 
 
-def report(op: str, targets: list[str]) -> dict[str, Any]:
-    """Compile the op's kernels for the targets: {"compiled": [...], "lost_variables": [...], "unreached": [...]}."""
-    cases = all_cases()[op]
-    compiled, missing = [], set()
+def report(op: str, targets: list[str], thorough: bool = False) -> dict[str, Any]:
+    """Compile the op's kernels for the targets.
+
+    Returns {"compiled": [Compiled as a dict], "lost_variables": [...], "unreached": [names of kernels]}.
+    """
+    compiled, launched = [], []
     with tempfile.TemporaryDirectory() as cache, triton.knobs.cache.scope(), finding_lost_variables() as lost:
         triton.knobs.cache.dir = cache
         for target in targets:
-            launches = distinct_launches(cases, target)
-            missing |= unreached(op, launches)
-            compiled += [compile_launch(op, each, target) for each in launches]
+            for implementation in implementations(op):
+                if implementation.refuses_machine(_pretended_device(target)):
+                    continue
+                launches = distinct_launches(all_cases()[op], implementation.name, target, thorough)
+                compiled += [compile_launch(op, each, target) for each in launches]
+                launched += launches
     return {
         "compiled": [dataclasses.asdict(each) for each in compiled],
         "lost_variables": sorted(str(each) for each in lost),
-        "unreached": sorted(missing),
+        "unreached": sorted(unreached(op, launched)),
     }
 
 
@@ -344,18 +358,22 @@ def main(argv: list[str] | None = None) -> int:
     known = sorted(all_cases())
     parser.add_argument("op", nargs="*", help=f"ops (default: all): {', '.join(known)}")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
+    parser.add_argument("--thorough", action="store_true", help="every real shape of the grid, not only the first")
     parser.add_argument("--json", action="store_true", help="one JSON object an op and line instead of tables")
     args = parser.parse_args(argv)
     for op in args.op or known:
         if op not in known:
             parser.error(f"op {op!r} is not one of {', '.join(known)}")
-        found = report(op, args.target or list(TARGETS))
+        found = report(op, args.target or list(TARGETS), args.thorough)
         if args.json:
             print(json.dumps(found), flush=True)
             continue
         compiled = [Compiled(**each) for each in found["compiled"]]
         print(f"\n{op}\n{_table(compiled)}")
-        for line in [*found["lost_variables"], *(f"never launched: {name}" for name in found["unreached"])]:
+        for line in [
+            *found["lost_variables"],
+            *(f"not launched on these targets: {name}" for name in found["unreached"]),
+        ]:
             print(line)
         for each in compiled:
             print(*each.violations(), sep="\n", end="\n" if each.violations() else "")
