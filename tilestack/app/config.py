@@ -7,6 +7,7 @@ from typing import Literal
 
 from tilestack.app.errors import UserError
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+from tilestack.models import KernelChoice
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    kernels: KernelChoice = field(default_factory=KernelChoice)
     output: OutputConfig = field(default_factory=OutputConfig)
 
 

@@ -47,22 +47,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path} must hold a JSON object")
     return found
-
-
-def check_safetensors(path: Path) -> None:
-    """Raise UserError unless the file is there and as long as its header says (8 bytes, header, tensors)."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: the checkpoint is incomplete")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{path} is truncated: {size} bytes do not hold its header")
-        try:
-            header = json.loads(stream.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError):
-            raise UserError(f"{path} is not a safetensors file") from None
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise UserError(f"{path} is truncated or damaged: it has {size} bytes, its header says {expected}")

@@ -56,7 +56,7 @@ def parser(prog: str) -> jsonargparse.ArgumentParser:
                 f"--{group.name}.{leaf.name}",
                 type=typing.get_type_hints(kind)[leaf.name],
                 default=_default(leaf),
-                help=helps.get(leaf.name, ""),
+                help=helps.get(leaf.name, leaf.name.replace("_", " ")),
             )
     return made
 
@@ -66,10 +66,12 @@ def parse(argv: list[str], config_file: Path, prog: str = "train.py") -> Config:
 
     Raises UserError: unknown key (with the nearest valid one), wrong type (key, expected type, value), bad YAML.
     """
-    check_tree(read_yaml(config_file), str(config_file))
+    tree = read_yaml(config_file)
+    check_tree(tree, str(config_file))
     _check_options(argv)
+    file = ["--config", str(config_file)] if tree else []  # jsonargparse does not take an empty one
     try:
-        values = parser(prog).parse_args(["--config", str(config_file), *argv])
+        values = parser(prog).parse_args([*file, *argv])
     except jsonargparse.ArgumentError as error:
         raise UserError(_in_our_words(str(error))) from None
     return from_tree(values.as_dict())
@@ -117,9 +119,12 @@ def check_tree(tree: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: {_unknown(str(group), [*groups, *known])}")
         if not isinstance(leaves, dict):
             raise UserError(f"{where}: {group} is a group of keys, got {leaves!r}; write them below it, indented")
-        for leaf in leaves:
+        for leaf, value in leaves.items():
             if f"{group}.{leaf}" not in known:
                 raise UserError(f"{where}: {_unknown(f'{group}.{leaf}', known)}")
+            kind = _type_of(f"{group}.{leaf}")
+            if value is None and type(None) not in typing.get_args(kind):  # jsonargparse would let it pass
+                raise UserError(f"{where}: {group}.{leaf} must be {_type_in_words(kind)}, got null")
 
 
 def keys() -> list[str]:
@@ -182,13 +187,16 @@ def _unknown(name: str, known: list[str], dashes: str = "") -> str:
 
 
 def _in_our_words(message: str) -> str:
-    found = re.search(r'key "(?P<key>[\w.]+)":.*?Got value: (?P<value>.*)', message, re.DOTALL)
+    found = re.search(r'key "(?P<key>[\w.]+)":.*(?:Got|Given) value: (?P<value>.*)', message, re.DOTALL)
     if not found:
         return message.strip()
     key, value = found["key"], found["value"].strip()
+    return f"{key} must be {_type_in_words(_type_of(key))}, got {value!r}"
+
+
+def _type_of(key: str) -> Any:
     group, leaf = key.split(".", 1)
-    hints = typing.get_type_hints(typing.get_type_hints(Config)[group])
-    return f"{key} must be {_type_in_words(hints[leaf])}, got {value!r}"
+    return typing.get_type_hints(typing.get_type_hints(Config)[group])[leaf]
 
 
 def _type_in_words(kind: Any) -> str:

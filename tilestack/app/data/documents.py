@@ -115,11 +115,12 @@ class Streamed:
     """Rows that `datasets` streams: shuffled in a buffer, the first ones held out; a resume reads up to its place."""
 
     def __init__(self, load: dict, config: DataConfig):
-        from datasets import load_dataset  # slow to import, and most runs read local text
+        import datasets  # slow to import, and most runs read local text
 
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says, our error says
         try:
             # hub scripts are never run: datasets >= 4 has no loading scripts at all
-            self._rows = load_dataset(**load, streaming=True)
+            self._rows = datasets.load_dataset(**load, streaming=True)
             first = next(iter(self._rows), None)
         except Exception as error:  # datasets raises its libraries' many kinds
             raise UserError(f"data.source: {config.source} cannot be read: {error}") from None
