@@ -218,6 +218,28 @@ def test_a_mask_of_zeros_is_refused():
         ours_like(plain_model())(tokens(1, 8), attention_mask=torch.zeros(1, 8, dtype=torch.long))
 
 
+class Wrapper(torch.nn.Module):
+    """A module around the experts, as PEFT makes them."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments):
+        return self.inner(*arguments)
+
+
+@pytest.mark.parametrize("experts", ["tilestack", "eager"])
+def test_experts_inside_a_wrapper_work(experts):
+    plain = plain_model()
+    ours = ours_like(plain)
+    ours.set_experts_implementation(experts)
+    for layer in ours.model.layers:
+        layer.mlp.experts = Wrapper(layer.mlp.experts)
+    ids = tokens(2, 8)
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits)
+
+
 def test_ours_is_transformers_class():
     assert issubclass(Qwen3MoeForCausalLM, Plain)
     ours = ours_like(plain_model())

@@ -1,11 +1,22 @@
 """The parts of the loss: fused cross entropy, load-balancing loss, their scaling, and activation checkpointing."""
 
 import copy
+import inspect
 
 import pytest
 import torch
-from tiny_qwen3_moe import VOCABULARY, assert_same, ours_like, plain_model, tiny_config, tokens
+from tiny_qwen3_moe import (
+    VOCABULARY,
+    Plain,
+    Qwen3MoeForCausalLM,
+    assert_same,
+    ours_like,
+    plain_model,
+    tiny_config,
+    tokens,
+)
 from transformers import Qwen3MoeForSequenceClassification
+from transformers.utils.generic import find_labels
 
 from tilestack import enable
 
@@ -75,6 +86,12 @@ def test_expert_load_counts_the_routes_of_the_tokens_that_count():
     assert load.shape == (2, 8)
     assert not load.requires_grad
     assert load.sum(-1).tolist() == [13 * 2, 13 * 2]
+
+
+def test_trainer_finds_one_label_and_a_forward_that_divides_the_loss():
+    assert find_labels(Qwen3MoeForCausalLM) == find_labels(Plain) == ["labels"]
+    arguments = inspect.signature(Qwen3MoeForCausalLM.forward).parameters.values()
+    assert any(argument.kind is argument.VAR_KEYWORD for argument in arguments)
 
 
 def test_hidden_states_are_those_of_transformers():

@@ -91,10 +91,17 @@ class Qwen3MoeSparseMoeBlock(original.Qwen3MoeSparseMoeBlock):
         x = hidden_states.view(-1, hidden_states.shape[-1])
         _, routed = self.gate(x, token_mask)
         ids, weights = routed.topk_ids, routed.topk_weights
-        if self.experts.config._experts_implementation != NAME:
+        if not _runs_on_our_op(self.experts):
             ids, weights = ids.long(), weights.to(x.dtype)
         out = self.experts(x, ids, weights).view_as(hidden_states)
         return (out, routed.tokens_per_expert, routed.probability_sum) if router_statistics else out
+
+
+def _runs_on_our_op(experts: nn.Module) -> bool:
+    """Whether the experts, perhaps inside a wrapper (PEFT), take what our router gives."""
+    if not isinstance(experts, original.Qwen3MoeExperts):
+        experts = next(each for each in experts.modules() if isinstance(each, original.Qwen3MoeExperts))
+    return experts.config._experts_implementation == NAME
 
 
 @replaces(original.Qwen3MoeDecoderLayer)

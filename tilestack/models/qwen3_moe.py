@@ -204,7 +204,6 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
         output_aux_loss: bool = False,
         aux_loss_divisor: float | torch.Tensor = 1,
         num_items_in_batch: float | torch.Tensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> MoeCausalLMOutput:
         """transformers' forward. What differs, and what is new:
@@ -214,8 +213,8 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
             use_cache, an all-ones mask or B > 1.
         cu_seq_lens_q (in kwargs), max_length_q: where the documents begin among the B * S tokens, [documents + 1] on
             the device: then nothing is read from the device. position_ids default to restarting with each document.
-        labels: [B, S], shifted inside as in transformers (shift_labels: shifted already). Given labels, `logits` is
-            None and no cache is kept unless asked for.
+        labels: [B, S], shifted inside as in transformers (shift_labels, in kwargs: shifted already). Given labels,
+            `logits` is None and no cache is kept unless asked for.
         return_logits: True: logits with the loss. False: none. None: if there are no labels or logits_to_keep is set.
         num_items_in_batch: divides the summed cross entropy; None: the number of labels that count in this batch.
         output_router_logits: as in transformers: router_logits, aux_loss, and with labels the loss includes it.
@@ -228,6 +227,9 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
         config = self.config
         if output_router_logits is None:
             output_router_logits = config.output_router_logits
+        shift_labels = kwargs.pop(
+            "shift_labels", None
+        )  # as a named argument Trainer would take it for a label to wait for
         labelled = labels is not None or shift_labels is not None
         outputs = self.model(
             input_ids=input_ids,
