@@ -1,9 +1,15 @@
-"""moe and sort_routes beyond the shared grid: agreement with transformers, errors."""
+"""moe and sort_routes beyond the shared grid: transformers, expert parallelism, frozen weights, errors."""
+
+import importlib
 
 import pytest
 import torch
 
-from tilestack.kernels import moe, sort_routes
+from tilestack.kernels import UnsupportedError, moe, sort_routes
+from tilestack.kernels.moe.configs import _BY_ARCHITECTURE, _FLOAT32, _INTERPRETER, _NARROW
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+IMPLEMENTATIONS = ("reference", "tilestack-triton")
 
 T, H, I, E, K = 23, 32, 16, 6, 3
 
@@ -44,6 +50,115 @@ def test_output_and_gradients_are_those_of_transformers_experts():
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_two_groups_of_experts_add_up_to_one(implementation):
+    tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
+    upstream = torch.randn(T, H).to(DEVICE)
+    wanted = ("x", "gate_up", "down", "topk_weights")
+
+    def run(first, last):
+        """The answer of experts first to last, whose ids a rank counts from its own first expert."""
+        mine = {name: tensors[name].clone() for name in wanted}
+        mine["gate_up"], mine["down"] = mine["gate_up"][first:last], mine["down"][first:last]
+        mine = {name: tensor.requires_grad_() for name, tensor in mine.items()}
+        out = moe(**mine, topk_ids=tensors["topk_ids"] - first, implementation=implementation)
+        return out.detach(), *torch.autograd.grad(out, [mine[name] for name in wanted], upstream)
+
+    out, dx, dgate_up, ddown, dweights = run(0, E)
+    left, right = run(0, 2), run(2, E)
+    torch.testing.assert_close(left[0] + right[0], out)
+    torch.testing.assert_close(left[1] + right[1], dx)
+    torch.testing.assert_close(torch.cat((left[2], right[2])), dgate_up)
+    torch.testing.assert_close(torch.cat((left[3], right[3])), ddown)
+    torch.testing.assert_close(left[4] + right[4], dweights)
+
+
+class _CountedKernel:
+    """Stands for a Triton kernel and counts its launches."""
+
+    def __init__(self, kernel):
+        self.kernel, self.launches = kernel, 0
+
+    def __getitem__(self, grid):
+        self.launches += 1
+        return self.kernel[grid]
+
+
+# what needs a gradient: launches of (row products, weight products, element-wise passes, sums over a token's rows)
+LAUNCHES = {
+    ("x", "gate_up", "down", "topk_weights"): (2, 2, 1, 1),
+    ("x", "topk_weights"): (2, 0, 1, 1),
+    ("x",): (2, 0, 1, 1),
+    ("gate_up",): (1, 1, 1, 0),
+    ("down",): (0, 1, 1, 0),
+    ("topk_weights",): (1, 0, 1, 0),
+}
+
+
+@pytest.mark.parametrize("needs", LAUNCHES, ids=" ".join)
+def test_a_gradient_that_nobody_needs_costs_no_product_and_changes_no_other(needs, monkeypatch):
+    module = importlib.import_module("tilestack.kernels.moe.triton_portable")
+    tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
+    upstream = torch.randn(T, H).to(DEVICE)
+
+    def forward(names):
+        leaves = {name: tensors[name].detach().clone().requires_grad_() for name in names}
+        return leaves, moe(**tensors | leaves, implementation="tilestack-triton")
+
+    leaves, out = forward(("x", "gate_up", "down", "topk_weights"))
+    expected = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True))
+    leaves, out = forward(needs)
+    names = ("moe_rows_kernel", "moe_weights_bwd_kernel", "moe_swiglu_bwd_kernel", "moe_combine_kernel")
+    counted = [_CountedKernel(getattr(module, name)) for name in names]
+    for name, kernel in zip(names, counted, strict=True):
+        monkeypatch.setattr(module, name, kernel)
+    found = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True))
+    assert tuple(kernel.launches for kernel in counted) == LAUNCHES[needs]
+    for name in needs:
+        assert torch.equal(found[name], expected[name]), name
+
+
+def test_nothing_is_saved_but_inputs_the_pre_activation_and_indices():
+    tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
+    tensors["x"].requires_grad_()
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe(**tensors, implementation="tilestack-triton")
+    inputs = {tensor.data_ptr() for tensor in tensors.values()}
+    others = [tensor for tensor in saved if tensor.data_ptr() not in inputs]
+    floating = [tensor for tensor in others if tensor.is_floating_point()]
+    assert [list(tensor.shape) for tensor in floating] == [[T * K, 2 * I]]
+    assert sum(tensor.numel() for tensor in others if not tensor.is_floating_point()) == E + 1 + 2 * T * K
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_nan_of_one_experts_rows_does_not_reach_another_experts_gradient(implementation):
+    tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
+    tensors["topk_ids"] = (torch.arange(T * K).reshape(T, K) // K % E).to(DEVICE)  # each token to one expert
+    tensors["x"][0] = float("nan")  # of expert 0
+    leaves = [tensors[name].requires_grad_() for name in ("gate_up", "down")]
+    gradients = torch.autograd.grad(moe(**tensors, implementation=implementation).sum(), leaves)
+    for gradient in gradients:
+        assert gradient[0].isnan().any() and gradient[1:].isfinite().all()
+
+
+def test_up_and_rows_cut_the_rows_into_the_same_blocks():
+    for each in (_FLOAT32, _INTERPRETER, _NARROW, *_BY_ARCHITECTURE.values()):
+        assert each.up.m == each.rows.m
+
+
+def test_more_than_sixteen_routes_a_token_are_refused_with_the_reason():
+    tensors = _tensors() | {"topk_ids": torch.zeros(T, 17, dtype=torch.int32), "topk_weights": None}
+    with pytest.raises(UnsupportedError, match="up to K = 16, got 17"):
+        moe(**{name: each if each is None else each.to(DEVICE) for name, each in tensors.items()},
+            implementation="tilestack-triton")  # fmt: skip
+
+
 BAD_MOE = {
     "x must be floating point, got torch.int64": {"x": torch.zeros(T, H, dtype=torch.int64)},
     r"down must have the dtype of x \(torch.float32\), got torch.bfloat16": {
@@ -52,6 +167,7 @@ BAD_MOE = {
     r"x must be \[T, H\], got 3 dimensions": {"x": torch.zeros(1, T, H)},
     r"down must be \[E, H, I\], got 2 dimensions": {"down": torch.zeros(H, I)},
     r"down must be \[6, 32, 16\]": {"down": torch.zeros(E, H + 1, I)},
+    r"the E of down \[E, H, I\] must be at least 1, got 0": {"down": torch.zeros(0, H, I)},
     r"gate_up must be \[6, 32, 32\]": {"gate_up": torch.zeros(E, I, H)},
     "topk_ids must be int32 or int64, got torch.float32": {"topk_ids": torch.zeros(T, K)},
     r"topk_ids must be \[23, 3\]": {"topk_ids": torch.zeros(T + 1, K, dtype=torch.int32)},
@@ -70,6 +186,7 @@ def test_wrong_input_of_moe_gets_one_clear_error(message):
 BAD_IDS = {
     "topk_ids must be int32 or int64, got torch.int16": (torch.zeros(4, 2, dtype=torch.int16), 8),
     r"topk_ids must be \[T, K\], got 1 dimensions": (torch.zeros(4, dtype=torch.int32), 8),
+    r"topk_ids must have fewer than 2\^31 - 2\^16 routes": (torch.zeros(1, 1, dtype=torch.int32).expand(2**30, 2), 8),
     "num_experts must be at least 1, got 0": (torch.zeros(4, 2, dtype=torch.int32), 0),
 }
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tilestack.kernels import load_balancing_loss, router
+from tilestack.kernels import UnsupportedError, load_balancing_loss, router
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _logits(tokens=50, experts=12, seed=0):
@@ -39,6 +41,24 @@ def test_load_balancing_loss_and_its_gradient_are_those_of_transformers(masked):
     torch.testing.assert_close(ours, theirs)
     for mine, expected in zip(torch.autograd.grad(ours, layers), torch.autograd.grad(theirs, layers), strict=True):
         torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "tilestack-triton"])
+def test_equal_infinite_and_nan_logits_choose_different_experts_in_a_fixed_order(implementation):
+    inf, nan = float("inf"), float("nan")
+    logits = torch.tensor(
+        [[0.0, -0.0, 0.0, 1.0], [-inf, -inf, -inf, -inf], [-inf, 2.0, -inf, -3.0], [1.0, nan, 2.0, nan]]
+    )
+    ids = router(logits.to(DEVICE), top_k=3, implementation=implementation).topk_ids
+    assert ids.tolist() == [[3, 0, 1], [0, 1, 2], [1, 3, 0], [1, 3, 2]]
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "reason"), [(32, 17, "up to K = 16, got 17"), (1025, 2, "up to E = 1024")]
+)
+def test_what_does_not_fit_into_registers_is_refused_with_the_reason(experts, top_k, reason):
+    with pytest.raises(UnsupportedError, match=reason):
+        router(torch.zeros(4, experts, device=DEVICE), top_k=top_k, implementation="tilestack-triton")
 
 
 BAD = {

@@ -47,14 +47,17 @@ def _same(tile: Tile) -> Tiles:
 
 _INTERPRETER = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 16, 4, 1))  # loops run more than once
 _FLOAT32 = _same(Tile(64, 64, 32, 4, 2))  # exact products are not for tensor cores: registers decide
-_LARGE = _same(Tile(128, 256, 64, 8, 3))  # 144 KiB of shared memory
-_MIDDLE = _same(Tile(128, 128, 32, 8, 3))  # 48 KiB
+_WIDE = _same(Tile(128, 256, 64, 8, 3))  # 144 KiB of shared memory, one program a multiprocessor
+_MIDDLE = _same(Tile(128, 128, 64, 8, 3))  # 96 KiB at most
+_NARROW = _same(Tile(128, 128, 32, 8, 3))  # 48 KiB at most
+
+_BY_ARCHITECTURE = {"sm_80": _MIDDLE, "sm_90": _WIDE, "sm_100": _WIDE, "sm_103": _WIDE}
 
 
 def tiles(device: Device, dtype: torch.dtype) -> Tiles:
-    """The tiles for a device and the dtype of x."""
+    """The tiles for a device and the dtype of x: chosen by register counts and stages, to be tuned by measurement."""
     if device.type == "cpu":
         return _INTERPRETER
     if dtype == torch.float32:
         return _FLOAT32
-    return _LARGE if device.arch in ("sm_80", "sm_90", "sm_100", "sm_103") else _MIDDLE
+    return _BY_ARCHITECTURE.get(device.arch, _NARROW)

@@ -100,7 +100,9 @@ def moe_up_fwd_kernel(
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
         return
-    rows = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
+    offs_m = tl.arange(0, BLOCK_M)
+    first_row = tl.load(block_row_ptr + block)
+    rows = first_row + offs_m
     is_row = rows < tl.load(expert_offsets_ptr + expert + 1)
     token = tl.load(sorted_to_route_ptr + rows, mask=is_row, other=0) // TOP_K
     offs_k = tl.arange(0, BLOCK_K)
@@ -117,9 +119,10 @@ def moe_up_fwd_kernel(
     dtype = activated_ptr.dtype.element_ty
     units = first_unit + tl.arange(0, BLOCK_I)
     inside = is_row[:, None] & (units < I)[None, :]
-    offs = rows.to(tl.int64)[:, None] * I + units[None, :]
-    tl.store(activated_ptr + offs, (gate * tl.sigmoid(gate) * up).to(dtype), mask=inside)
-    pre_ptrs = pre_activation_ptr + rows.to(tl.int64)[:, None] * 2 * I + units[None, :]
+    first_offset = first_row.to(tl.int64) * I
+    activated_ptrs = activated_ptr + first_offset + (offs_m[:, None] * I + units[None, :])
+    tl.store(activated_ptrs, (gate * tl.sigmoid(gate) * up).to(dtype), mask=inside)
+    pre_ptrs = pre_activation_ptr + 2 * first_offset + (offs_m[:, None] * 2 * I + units[None, :])
     tl.store(pre_ptrs, gate.to(dtype), mask=inside)
     tl.store(pre_ptrs + I, up.to(dtype), mask=inside)
 
@@ -136,7 +139,9 @@ def moe_rows_kernel(
     expert = tl.load(block_expert_ptr + block)
     if expert < 0:
         return
-    rows = tl.load(block_row_ptr + block) + tl.arange(0, BLOCK_M)
+    offs_m = tl.arange(0, BLOCK_M)
+    first_row = tl.load(block_row_ptr + block)
+    rows = first_row + offs_m
     end = tl.load(expert_offsets_ptr + expert + 1)
     is_row = rows < end
     source = tl.minimum(rows, end - 1)
@@ -148,7 +153,7 @@ def moe_rows_kernel(
     b_ptrs = weight_ptr + expert.to(tl.int64) * stride_weight_e
     b_ptrs = b_ptrs + offs_k[:, None] * stride_weight_k + offs_n[None, :] * stride_weight_n
     acc = _multiply(a_ptrs, b_ptrs, stride_weight_k, offs_n < N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
-    offs = rows.to(tl.int64)[:, None] * N + offs_n[None, :]
+    offs = first_row.to(tl.int64) * N + (offs_m[:, None] * N + offs_n[None, :])
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (offs_n < N)[None, :])
 
 

@@ -41,10 +41,12 @@ OP = Op(CONTRACT, (portable("sort_routes"), reference("sort_routes")))
 
 
 def check_ids(op: str, topk_ids: torch.Tensor) -> None:
-    """Raises ValueError if `topk_ids` is not [T, K] of int32 or int64."""
+    """Raises ValueError if `topk_ids` is not [T, K] of int32 or int64, or has more routes than 32 bits count."""
     checks.rank(op, "topk_ids", topk_ids, (2,), "[T, K]")
     if topk_ids.dtype not in ID_DTYPES:
         raise ValueError(f"{op}: topk_ids must be int32 or int64, got {topk_ids.dtype}; convert it with .int()")
+    if topk_ids.numel() >= 2**31 - 2**16:  # room for a block beyond the end
+        raise ValueError(f"{op}: topk_ids must have fewer than 2^31 - 2^16 routes, got {topk_ids.numel()}; split it")
 
 
 def sort_routes(topk_ids: torch.Tensor, num_experts: int, *, implementation: str | None = None) -> Routes:
