@@ -391,6 +391,7 @@ def backward(dout, x, gate_up, down, topk_weights, pre_activation, *sorted_route
     found = {"topk_weights": dtopk_weights}
     if "down" in needs:
         found["down"] = grouped.outer(dout, weighted, gather="a")
+    del weighted
     if "gate_up" in needs:
         found["gate_up"] = grouped.outer(dpre_activation, x, gather="b")
     if "x" in needs:
