@@ -66,21 +66,18 @@ def moe_row_blocks_kernel(
 
 @triton.jit
 def _multiply(
-    a_ptrs, b_ptrs, stride_b, is_column, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    EVEN: tl.constexpr,
+    a_ptrs, b_ptrs, stride_b, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """a [BLOCK_M, depth] @ b [depth, BLOCK_N] in float32; a's columns are contiguous, b's rows lie stride_b apart.
-
-    EVEN: depth is a multiple of BLOCK_K and every column of b exists, so that nothing need be masked.
-    """
+    """a [BLOCK_M, depth] @ b [depth, BLOCK_N] in float32; a's columns are contiguous, b's rows lie stride_b apart."""
     offs_k = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, depth, BLOCK_K):
-        if EVEN:
+        if EVEN_K:
             a, b = tl.load(a_ptrs), tl.load(b_ptrs)
         else:
             a = tl.load(a_ptrs, mask=(k + offs_k < depth)[None, :], other=0.0)
-            b = tl.load(b_ptrs, mask=(k + offs_k < depth)[:, None] & is_column[None, :], other=0.0)
+            b = tl.load(b_ptrs, mask=(k + offs_k < depth)[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_b
@@ -91,7 +88,7 @@ def _multiply(
 def moe_up_fwd_kernel(
     x_ptr, gate_up_ptr, pre_activation_ptr, activated_ptr,
     block_expert_ptr, block_row_ptr, expert_offsets_ptr, sorted_to_route_ptr, stride_x, H, I,
-    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     # pre_activation[row] = gate_up[e] @ x[token], activated[row] = silu(gate) * up
     BLOCK_I: tl.constexpr = BLOCK_N // 2
@@ -109,11 +106,10 @@ def moe_up_fwd_kernel(
     first_unit = (tl.program_id(0) % n_tiles) * BLOCK_I
     # even columns are gates, odd ones ups: a thread then holds both of a unit, and the activation costs no exchange
     column = tl.arange(0, BLOCK_N)
-    unit = first_unit + column // 2
-    weight_row = unit + (column % 2) * I
+    weight_row = tl.minimum(first_unit + column // 2, I - 1) + (column % 2) * I
     a_ptrs = x_ptr + token.to(tl.int64)[:, None] * stride_x + offs_k[None, :]
     b_ptrs = gate_up_ptr + expert.to(tl.int64) * 2 * I * H + weight_row[None, :] * H + offs_k[:, None]
-    acc = _multiply(a_ptrs, b_ptrs, 1, unit < I, H, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
+    acc = _multiply(a_ptrs, b_ptrs, 1, H, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
 
     gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_I, 2)))
     dtype = activated_ptr.dtype.element_ty
@@ -131,7 +127,7 @@ def moe_up_fwd_kernel(
 def moe_rows_kernel(
     a_ptr, weight_ptr, out_ptr, block_expert_ptr, block_row_ptr, expert_offsets_ptr, sorted_to_route_ptr,
     stride_a, stride_weight_e, stride_weight_k, stride_weight_n, N, K, TOP_K: tl.constexpr, GATHER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     # out[row] = a[token if GATHER else row] @ weight[e], weight[e] read as [K, N] through its strides
     n_tiles = tl.cdiv(N, BLOCK_N)
@@ -151,8 +147,9 @@ def moe_rows_kernel(
     offs_n = (tl.program_id(0) % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     a_ptrs = a_ptr + source.to(tl.int64)[:, None] * stride_a + offs_k[None, :]
     b_ptrs = weight_ptr + expert.to(tl.int64) * stride_weight_e
-    b_ptrs = b_ptrs + offs_k[:, None] * stride_weight_k + offs_n[None, :] * stride_weight_n
-    acc = _multiply(a_ptrs, b_ptrs, stride_weight_k, offs_n < N, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN)
+    column = offs_n % N  # stays inside; unlike a minimum, it lets the compiler see runs of 16 bytes
+    b_ptrs = b_ptrs + offs_k[:, None] * stride_weight_k + column[None, :] * stride_weight_n
+    acc = _multiply(a_ptrs, b_ptrs, stride_weight_k, K, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
     offs = first_row.to(tl.int64) * N + (offs_m[:, None] * N + offs_n[None, :])
     tl.store(out_ptr + offs, acc.to(out_ptr.dtype.element_ty), mask=is_row[:, None] & (offs_n < N)[None, :])
 
@@ -161,7 +158,7 @@ def moe_rows_kernel(
 def moe_weights_bwd_kernel(
     a_ptr, b_ptr, dweight_ptr, expert_offsets_ptr, sorted_to_route_ptr, stride_a, stride_b, M, N,
     TOP_K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     # dweight[e] [M, N] = sum over the rows of e of a[row] (outer) b[row]; one of the two is gathered by token
     n_tiles = tl.cdiv(N, BLOCK_N)
@@ -170,7 +167,8 @@ def moe_weights_bwd_kernel(
     offs_m = (tile // n_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tile % n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    a_ptrs, b_ptrs = a_ptr + offs_m[:, None], b_ptr + offs_n[None, :]
+    a_ptrs = a_ptr + (offs_m % M)[:, None]  # stays inside; unlike a minimum, it lets the compiler see runs of 16 bytes
+    b_ptrs = b_ptr + (offs_n % N)[None, :]
     end = tl.load(expert_offsets_ptr + expert + 1)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     first = tl.load(expert_offsets_ptr + expert)
@@ -184,11 +182,8 @@ def moe_weights_bwd_kernel(
         row_a = token if GATHER_A else rows
         row_b = token if GATHER_B else rows
         # both are masked: what lies behind the end may be another expert's NaN
-        mask_a, mask_b = is_row[None, :], is_row[:, None]
-        if not EVEN:
-            mask_a, mask_b = mask_a & (offs_m < M)[:, None], mask_b & (offs_n < N)[None, :]
-        a = tl.load(a_ptrs + row_a.to(tl.int64)[None, :] * stride_a, mask=mask_a, other=0.0)
-        b = tl.load(b_ptrs + row_b.to(tl.int64)[:, None] * stride_b, mask=mask_b, other=0.0)
+        a = tl.load(a_ptrs + row_a.to(tl.int64)[None, :] * stride_a, mask=is_row[None, :], other=0.0)
+        b = tl.load(b_ptrs + row_b.to(tl.int64)[:, None] * stride_b, mask=is_row[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision="ieee")
     offs = expert.to(tl.int64) * M * N + offs_m[:, None] * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
@@ -282,8 +277,7 @@ class _Grouped:
             moe_up_fwd_kernel[(self.n_blocks * launch.cdiv(units, tile.n // 2),)](
                 flat, gate_up.contiguous(), pre_activation, activated,
                 self.block_expert, self.block_row, self.expert_offsets, self.sorted_to_route,
-                flat.stride(0), hidden, units, TOP_K=self.top_k, **_blocks(tile),
-                EVEN=hidden % tile.k == 0 and 2 * units % tile.n == 0,
+                flat.stride(0), hidden, units, TOP_K=self.top_k, **_blocks(tile), EVEN_K=hidden % tile.k == 0,
             )  # fmt: skip
         return pre_activation, activated
 
@@ -296,8 +290,7 @@ class _Grouped:
             moe_rows_kernel[(self.n_blocks * launch.cdiv(width, tile.n),)](
                 flat, weight, out, self.block_expert, self.block_row, self.expert_offsets, self.sorted_to_route,
                 flat.stride(0), *weight.stride(), width, depth,
-                TOP_K=self.top_k, GATHER=gather, **_blocks(tile),
-                EVEN=depth % tile.k == 0 and width % tile.n == 0,
+                TOP_K=self.top_k, GATHER=gather, **_blocks(tile), EVEN_K=depth % tile.k == 0,
             )  # fmt: skip
         return out
 
@@ -310,7 +303,6 @@ class _Grouped:
             moe_weights_bwd_kernel[(self.experts * launch.cdiv(height, tile.m) * launch.cdiv(width, tile.n),)](
                 flat_a, flat_b, out, self.expert_offsets, self.sorted_to_route, flat_a.stride(0), flat_b.stride(0),
                 height, width, TOP_K=self.top_k, GATHER_A=gather == "a", GATHER_B=gather == "b", **_blocks(tile),
-                EVEN=height % tile.m == 0 and width % tile.n == 0,
             )  # fmt: skip
         return out
 
