@@ -17,7 +17,11 @@ from tilestack.testing.cases import all_cases
 ROOT = Path(__file__).parents[2]
 QUICK = ("sm_80", "sm_90", "gfx942")
 # (kernel, target): how many spills are allowed, and why. A smaller number that holds must be written down.
-ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {}
+ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
+    ("attention_fwd_kernel", "sm_80"): (9, "with a left window, which needs a third loop"),
+    ("attention_bwd_dk_dv_kernel", "sm_90"): (147, "what a loop does not change; its body reloads, and stores nothing"),
+    ("attention_bwd_dk_dv_kernel", "sm_100"): (85, "packed input and single queries; as on sm_90"),
+}
 
 
 def run_compiling(*command: str) -> dict:

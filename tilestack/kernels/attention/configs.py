@@ -1,7 +1,7 @@
 """Tile choices of the Triton kernels as data.
 
-Chosen from registers, spills and shared memory of the compiled kernels (README.md lists them); to be settled by
-measurements on each GPU.
+Chosen from registers, spills and shared memory of the compiled kernels, which `python -m tilestack.testing.offline
+attention` prints; to be settled by measurements on each GPU.
 """
 
 from __future__ import annotations
@@ -45,6 +45,11 @@ AMPERE = {
     128: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     256: Tiles(Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
+BLACKWELL = {
+    64: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    128: Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+    256: Tiles(Tile(64, 64, 8, 1), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+}
 SMALL = {  # consumer GPUs (about 100 KiB of shared memory), AMD (64 KiB), the unknown
     64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
     128: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
@@ -58,7 +63,7 @@ FLOAT32 = {  # no tensor cores: products are made of fused multiply-adds, which 
 INTERPRETER = Tiles(Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1))
 SHORT_FORWARD = {64: Tile(16, 64, 4, 3), 128: Tile(16, 64, 4, 2), 256: Tile(16, 32, 4, 2)}
 SHORT_FORWARD_FLOAT32 = Tile(16, 32, 8, 1)
-LARGE_SHARED_MEMORY = ("sm_90", "sm_100", "sm_103")
+BY_ARCH = {"sm_80": AMPERE, "sm_90": HOPPER, "sm_100": BLACKWELL, "sm_103": BLACKWELL}
 
 
 def tiles(device: Device, block_d: int, itemsize: int, longest_q: int) -> Tiles:
@@ -71,14 +76,8 @@ def tiles(device: Device, block_d: int, itemsize: int, longest_q: int) -> Tiles:
     elif itemsize == 4:
         chosen = FLOAT32[max(64, block_d)]
     else:
-        chosen = _table(device.arch)[max(64, block_d)]
+        chosen = BY_ARCH.get(device.arch, SMALL)[max(64, block_d)]
     if longest_q <= SHORT:
         short = SHORT_FORWARD_FLOAT32 if itemsize == 4 else SHORT_FORWARD[max(64, block_d)]
         return dataclasses.replace(chosen, forward=short)
     return chosen
-
-
-def _table(arch: str) -> dict[int, Tiles]:
-    if arch == "sm_80":
-        return AMPERE
-    return HOPPER if arch in LARGE_SHARED_MEMORY else SMALL
