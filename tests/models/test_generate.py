@@ -3,6 +3,8 @@
 import pytest
 import torch
 from tiny_qwen3_moe import ours_like, plain_model, tokens
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
 NEW = 12
 
@@ -46,3 +48,18 @@ def test_beam_search_and_sampling_run():
     assert ours.generate(ids, max_new_tokens=4, num_beams=3).shape[1] <= 9
     torch.manual_seed(0)
     assert ours.generate(ids, max_new_tokens=4, do_sample=True).shape[1] <= 9
+
+
+def test_a_compiled_decoding_step_with_a_static_cache_is_one_graph():
+    """What generate() does by itself on a GPU."""
+    plain = plain_model().eval()
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.long)
+    ids[0, :2], mask[0, :2] = 0, 0
+    whole = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    whole._compile_all_devices = True
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    torch._dynamo.reset()
+    counters.clear()
+    found = ours_like(plain).generate(ids, cache_implementation="static", compile_config=whole, **settings)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert torch.equal(found, plain.generate(ids, **settings))
