@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import runpy
 import sys
@@ -32,5 +33,6 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if command in MODULES:
             return importlib.import_module(MODULES[command]).main(options) or 0
-        raise UserError(f"unknown command {command!r}\n{USAGE}")
-    return 0
+        close = difflib.get_close_matches(command, ["train", *MODULES], n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"unknown command {command!r}{hint}\n{USAGE}")
