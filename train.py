@@ -19,7 +19,7 @@ from tilestack.app.hardware import describe
 from tilestack.app.interrupts import stoppable
 from tilestack.app.log import Log, opened
 from tilestack.app.metrics import Metrics
-from tilestack.app.model import build, check_checkpoint
+from tilestack.app.model import build, check_checkpoint, parameters
 from tilestack.app.schedule import learning_rate
 from tilestack.app.start import Run, configure, open_run, open_tokenizer_of
 from tilestack.app.trackers import check_trackers
@@ -63,7 +63,7 @@ def train(config: Config, resumed: Run | None) -> None:
     run = open_run(config, resumed, tokenizer, world)
     loader = PackedLoader(*shared, config.train.micro_batches, config.train.seed, position)
     with opened(run, config, first, world.rank) as log:
-        log.say(f"{run.folder}: {model.num_parameters():,} parameters, {world.world_size} x {describe(world.device)}")
+        log.say(f"{run.folder}: {parameters(model):,} parameters, {world.world_size} x {describe(world.device)}")
         loop(config, run, engine, iter(loader), held_out, first, log, source.identity())
     finish(run, config, engine, tokenizer)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 
 from tilestack.app.config import Config
@@ -38,6 +39,7 @@ def export(folder: Path, engine: Engine, tokenizer: PreTrainedTokenizerBase) -> 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
     wait_for_all()
+    transformers.logging.disable_progress_bar()  # one more bar would say nothing
     engine.export(temporary)
     wait_for_all()
     if engine.rank == 0:

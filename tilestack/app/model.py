@@ -15,14 +15,18 @@ from tilestack.models.loading import MODEL_TYPE, check_folder
 
 
 def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model, with weights of the checkpoint or drawn from train.seed. Raises UserError if it cannot be."""
+    """The model, with weights of the checkpoint or drawn from train.seed. Raises UserError if it cannot be.
+
+    A new model is drawn whole on every rank, also under ZeRO-3, which cuts it up afterwards: so its weights do not
+    depend on the number of processes.
+    """
     shape = model_config(config, tokenizer)
     dtype = getattr(torch, config.model.dtype)
     torch.manual_seed(config.train.seed)
-    with build_model(config.distributed, dtype):
-        if config.model.path is None:
-            return Qwen3MoeForCausalLM._from_config(shape, dtype=dtype, kernels=config.kernels)
-        try:
+    if config.model.path is None:
+        return Qwen3MoeForCausalLM._from_config(shape, dtype=dtype, kernels=config.kernels)
+    try:
+        with build_model(config.distributed, dtype):
             return Qwen3MoeForCausalLM.from_pretrained(
                 config.model.path,
                 config=shape,
@@ -31,8 +35,8 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-        except (OSError, ValueError) as error:
-            raise UserError(f"model.path: {error}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.path: {error}") from None
 
 
 def check_checkpoint(config: Config) -> None:
@@ -56,6 +60,11 @@ def model_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> Qwen3Moe
         )
     shape.router_aux_loss_coef = config.model.router_aux_loss_coef
     return shape
+
+
+def parameters(model: PreTrainedModel) -> int:
+    """How many numbers the model learns; under ZeRO-3, where a rank holds a part of each tensor, of all ranks."""
+    return sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters())
 
 
 def new_config(model: ModelConfig, vocab_size: int, end_of_text: int) -> Qwen3MoeConfig:

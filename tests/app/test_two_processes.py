@@ -1,0 +1,46 @@
+"""torchrun --nproc-per-node 2 train.py: the losses of one process, through DeepSpeed, and a resume."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import transformers
+import yaml
+
+from app.tiny_run import numbers, only_run, python, records, write_config
+
+
+def torchrun(*words: object) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py")
+    process = python(*launcher, *map(str, words))
+    said, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, f"{said[-2000:]}\n{errors[-4000:]}"
+
+
+@pytest.fixture(scope="module")
+def two(finished, tmp_path_factory) -> Path:
+    """The undisturbed tiny run again, on two processes with ZeRO-3."""
+    folder = tmp_path_factory.mktemp("two")
+    source = yaml.safe_load((finished / "config.yaml").read_text())["data"]["source"]
+    torchrun("--config", write_config(folder, data={"source": source}), "--distributed.zero", 3)
+    return only_run(folder)
+
+
+def test_two_processes_have_the_losses_of_one(two, finished):
+    for ours, alone in zip(records(two), records(finished), strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5), f"step {ours['step']}"
+        if "eval_loss" in alone:
+            assert ours["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+
+
+def test_two_processes_leave_one_run_folder_with_everything_in_it(two):
+    left = {path.name for path in two.iterdir()}
+    assert left == {"config.yaml", "metrics.jsonl", "loss.png", "checkpoints", "export", "sample.txt", "tokenizer"}
+    transformers.AutoModelForCausalLM.from_pretrained(two / "export")
+
+
+def test_two_processes_resume_bit_for_bit_from_a_checkpoint_in_the_middle(two):
+    before = numbers(two)
+    shutil.rmtree(two / "checkpoints" / "step-00000008")
+    torchrun("--resume", two)
+    assert numbers(two) == before
