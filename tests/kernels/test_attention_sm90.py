@@ -116,7 +116,7 @@ PLANTED = {  # the module, lines of its source, and what they become
     "out is overwritten before it has left": (
         FORWARD,
         """            tma.store_wait(0)
-            gl.thread_barrier()
+            thread_barrier()
             staging""",
         "            staging",
     ),

@@ -34,12 +34,15 @@ __all__ = [
     "round_to_bf16",
     "swizzled",
     "tensor_descriptor",
+    "thread_barrier",
     "tma",
     "tma_reduce_add",
     "warpgroup_mma",
     "warpgroup_mma_init",
     "warpgroup_mma_wait",
 ]
+
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed in 3.7
 
 
 @builtin

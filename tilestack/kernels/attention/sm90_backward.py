@@ -36,6 +36,7 @@ from tilestack.kernels._gluon import (
     gluon,
     mbarrier,
     tensor_descriptor,
+    thread_barrier,
     tma,
     tma_reduce_add,
     warpgroup_mma,
@@ -135,7 +136,7 @@ def store_tile(desc, pointer, value, staging, row, column, rows_left, stride, la
     if rows_left >= BLOCK_N:
         staging.store(value)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         tma.async_copy_shared_to_global(desc, [row, column], staging)
     else:
         rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
@@ -182,7 +183,7 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, ls
     m = low
     mbarrier.wait(kv_full, 0)
     dk_issued = warpgroup_mma_init(dk)
-    gl.thread_barrier()
+    thread_barrier()
     for it in range(steps * HEADS):
         # an index that is always 0 and that the compiler cannot know: loop-invariant descriptors would take registers
         zero = it >> 30
@@ -210,7 +211,7 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, ls
         ds_tile.store(ds)
         fence_async_shared()
         tma.store_wait(0)  # the previous dQ has left shared memory
-        gl.thread_barrier()  # dS' of both warpgroups is there
+        thread_barrier()  # dS' of both warpgroups is there
         dq_issued = warpgroup_mma(ds_tile.permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True)
         dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q, dk_issued, is_async=True)
         dv = warpgroup_mma_wait(2, deps=[dv_issued])
@@ -219,7 +220,7 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, ls
         ordered = gl.permute(gl.reshape(dq, [BLOCK_M // 16, 2, 8, 2, D // 16, 4, 2]), [4, 3, 0, 2, 5, 1, 6])
         dq_s.store(gl.reshape(ordered, [BLOCK_M * D // 256, 256]))
         fence_async_shared()
-        gl.thread_barrier()  # dQ is there, and both warpgroups have read dS'
+        thread_barrier()  # dQ is there, and both warpgroups have read dS'
         tma_reduce_add(dq_desc, [block * (BLOCK_M * D // 256), 0], dq_s)
         dk_issued = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk_issued]))
         barrier_arrive(Q_FREE + stage, "288", 8)
@@ -231,7 +232,7 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, ls
         stage = gl.where(stage == STAGES, 0, stage)
     dk = warpgroup_mma_wait(0, deps=[dk_issued])
     tma.store_wait(0)
-    gl.thread_barrier()
+    thread_barrier()
     # read the item again: kept through the loop, its numbers would take registers
     row_k, n_k, _, _, _, n, kv_head, _, _, _, index = key_item(
         items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
@@ -261,7 +262,7 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, ls
         buffers[2].store(dv_low)
         buffers[3].store(dv_high)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         tma_reduce_add(dk_desc, [row, 0], buffers[0])
         tma_reduce_add(dk_desc, [row + HALF_ROWS, 0], buffers[1])
         tma_reduce_add(dv_desc, [row, 0], buffers[2])

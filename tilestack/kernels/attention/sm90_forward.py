@@ -32,6 +32,7 @@ from tilestack.kernels._gluon import (
     gluon,
     mbarrier,
     tensor_descriptor,
+    thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -144,7 +145,7 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
     q_phase = 0
     if which == 1:
         barrier_arrive(TURN, "256", 4)
-    gl.thread_barrier()
+    thread_barrier()
     n_items = gl.load(items) * n_heads
     for t in range(gl.program_id(0), n_items, gl.num_programs(0)):
         head, row_q, n_q, _, n_k, position, row_lse = work_item(t, items, n_heads)
@@ -215,10 +216,10 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
         row = row_q + which * HALF
         if mine >= HALF:
             tma.store_wait(0)
-            gl.thread_barrier()
+            thread_barrier()
             staging.store(result)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             tma.async_copy_shared_to_global(o_desc, [row, head * D], staging)
         elif mine > 0:  # the document's end: the rows below belong to the next one
             corner = gl.cast(row, gl.int64) * stride_out + head * D
