@@ -69,9 +69,9 @@ def find_packing(
 def positions_of(cu_seqlens: torch.Tensor, batch: int, seqlen: int) -> torch.Tensor:
     """position_ids [B, S] that begin with 0 in every document; no synchronisation."""
     _check_cu_seqlens(cu_seqlens, batch * seqlen)
-    token = torch.arange(batch * seqlen, device=cu_seqlens.device)
+    token = torch.arange(batch * seqlen, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
     document = torch.searchsorted(cu_seqlens, token, right=True) - 1
-    return (token - cu_seqlens[document]).view(batch, seqlen)
+    return (token - cu_seqlens[document]).long().view(batch, seqlen)
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: int) -> None:

@@ -212,7 +212,8 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
         position_ids: [B or 1, S]; where they restart, a document begins, and no token attends across, also with
             use_cache, an all-ones mask or B > 1.
         cu_seq_lens_q (in kwargs), max_length_q: where the documents begin among the B * S tokens, [documents + 1] on
-            the device: then nothing is read from the device. position_ids default to restarting with each document.
+            the device: then nothing is read from the device. position_ids default to restarting with each document;
+            an attention_mask beside it only says which tokens the load-balancing loss counts.
         labels: [B, S], shifted inside as in transformers (shift_labels, in kwargs: shifted already). Given labels,
             `logits` is None and no cache is kept unless asked for.
         return_logits: True: logits with the loss. False: none. None: if there are no labels or logits_to_keep is set.
