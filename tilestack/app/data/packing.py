@@ -92,7 +92,7 @@ class PackedLoader:
     def _step(self, packs: Iterator[tuple[list[list[int]], Position]]) -> StepBatch:
         step = [next(packs) for _ in range(self._micro_batches)]
         labels = sum(len(piece) - 1 for pieces, _ in step for piece in pieces)
-        mine = [pack(pieces) | {"num_items": labels} for pieces, _ in step[self._rank :: self._world_size]]
+        mine = [_pinned(pack(pieces)) | {"num_items": labels} for pieces, _ in step[self._rank :: self._world_size]]
         attended = sum(len(piece) ** 2 for pieces, _ in step for piece in pieces)
         tokens = self._micro_batches * self._data.micro_batch_tokens
         return StepBatch(mine, labels, tokens, attended, step[-1][1])
@@ -176,6 +176,11 @@ def pack(pieces: list[list[int]]) -> MicroBatch:
         "position_ids": positions[None],
         "cu_seqlens": offsets.to(torch.int32),
     }
+
+
+def _pinned(batch: MicroBatch) -> MicroBatch:
+    """The batch where the GPU can fetch it without the host waiting."""
+    return {name: each.pin_memory() for name, each in batch.items()} if torch.cuda.is_available() else batch
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
