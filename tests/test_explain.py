@@ -103,3 +103,13 @@ def test_the_command_refuses_an_unknown_option(capsys):
 def test_help_says_what_device_means(capsys):
     assert main(["explain", "--help"]) == 0
     assert "--device NAME" in capsys.readouterr().out
+
+
+def test_an_implementation_that_the_configuration_names_is_the_one_that_runs_or_nothing():
+    def asking(name):
+        return dataclasses.replace(QWEN, kernels=dataclasses.replace(QWEN.kernels, attention=name))
+
+    first, *rest = paragraph(explain(asking("reference"), H100), "attention")
+    assert first.endswith(": reference")
+    assert "not tilestack: would take it, but kernels asks for reference" in rest
+    assert paragraph(explain(asking("cudnn"), H100), "attention")[0].endswith(": NOTHING RUNS IT")

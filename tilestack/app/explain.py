@@ -127,30 +127,32 @@ def _kernels(config: Config, shape: Qwen3MoeConfig, device: Device) -> str:
     lines = [f"device     {device.name} ({device.arch})"]
     for name, op in ops().items():
         if name in calls:
-            lines += ["", *_op(op, calls[name])]
+            lines += ["", *_op(op, calls[name], getattr(config.kernels, name, "auto"))]
         else:
             lines += ["", f"{name}: no layer of this model has it"]
     return _section("OPTIMIZED KERNELS", "tilestack/kernels/<op>/", lines)
 
 
-def _op(op: Op, call: Call) -> list[str]:
+def _op(op: Op, call: Call, asked: str) -> list[str]:
     first = next(name for name in op.contract.input_names if call.tensors[name] is not None)
     head = f"{op.contract.op} ({first} {list(call.shape(first))}, {str(call.dtype(first))[6:]})"
     try:
-        chosen = op.choose(call).name
+        chosen = op.choose(call, asked).name
     except UnsupportedError:
         chosen = None
     lines = [f"{head}: {chosen or 'NOTHING RUNS IT'}"]
     for each in op.implementations:
         if each.name != chosen:
-            reason = op.refuses(each, call) or _passed_over(each.name, chosen, call.device)
+            reason = op.refuses(each, call) or _passed_over(each.name, chosen, asked, call.device)
             lines.append(f"    not {each.name}: {reason}")
         if each.note:
             lines.append(f"        ({each.note})")
     return lines
 
 
-def _passed_over(name: str, chosen: str | None, device: Device) -> str:
+def _passed_over(name: str, chosen: str | None, asked: str, device: Device) -> str:
+    if asked != "auto":
+        return f"would take it, but kernels asks for {asked}"
     if name == "reference":
         return "plain torch, slow: on a GPU it is taken only when asked for by name"
     if device.type == "cpu":
