@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Qwen3MoeForCausalLM
 
 from distributed import worker
@@ -120,6 +121,8 @@ def test_the_export_loads_in_plain_transformers_and_holds_the_trained_weights(ru
     exported, report = Qwen3MoeForCausalLM.from_pretrained(
         run["folder"] / f"export-{run['zero']}", output_loading_info=True
     )
+    with safe_open(run["folder"] / f"export-{run['zero']}" / "model.safetensors", "pt") as file:
+        assert "model.layers.0.mlp.experts.7.down_proj.weight" in file.keys()  # noqa: SIM118  (not a dict)
     assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
     assert len(trained) == len(list(exported.parameters()))
     for name, parameter in exported.named_parameters():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import Qwen3MoeForCausalLM
 
 from distributed.tiny import global_step, plain_model, tiny_model
@@ -157,6 +158,18 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_trains():
     assert not torch.equal(engine.model.lm_head.weight, state["lm_head.weight"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="asks a GPU's driver")
+def test_a_step_on_a_gpu_never_waits_for_the_device():
+    engine = local_engine(tiny_model(torch.bfloat16, hidden_size=64, head_dim=16, moe_intermediate_size=32))
+    engine.train_step(global_step(0, ACCUMULATION), lr=1e-2)  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = engine.train_step(global_step(1, ACCUMULATION), lr=1e-2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.isfinite(result.grad_norm)
+
+
 def test_evaluation_is_the_mean_over_labels_and_leaves_training_as_it_was():
     engine = local_engine(tiny_model())
     batches = [batch for step in range(2) for batch in global_step(step, 2)]
@@ -182,8 +195,6 @@ def test_the_exported_model_has_the_hubs_layout_and_the_trained_weights(tmp_path
     engine.export(tmp_path)
     index = json.loads((tmp_path / "config.json").read_text())
     assert index["architectures"] == ["Qwen3MoeForCausalLM"]
-    from safetensors import safe_open
-
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert "model.layers.0.mlp.experts.7.down_proj.weight" in file.keys()  # noqa: SIM118  (not a dict)
     again = Qwen3MoeForCausalLM.from_pretrained(tmp_path)

@@ -177,20 +177,10 @@ class DeepSpeedEngine:
             raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint ({TAG}/)")
 
     def export(self, folder: Path) -> None:
-        weights = self.whole_weights()
+        weights = whole_weights(self.model, keep=self.rank == 0)
         if self.rank == 0:
             self.model.save_pretrained(folder, state_dict=weights)
         dist.barrier()
-
-    def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Every parameter, on the CPU of rank 0 alone; the others only take part in gathering."""
-        weights = {}
-        for name, parameter in self.model.named_parameters():
-            gathered = deepspeed.zero.GatheredParameters([parameter]) if self.stage == 3 else contextlib.nullcontext()
-            with gathered:
-                if self.rank == 0:
-                    weights[name] = parameter.detach().cpu().clone()
-        return weights
 
     def _identity(self) -> dict:
         return {"engine": "deepspeed", "world_size": self.world_size, "zero": self.stage}
@@ -202,6 +192,17 @@ class _WeightsOnlyCheckpoints(TorchCheckpointEngine):
     def load(self, path: str, map_location=None):
         with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler]):
             return torch.load(path, map_location=map_location, weights_only=True)
+
+
+def whole_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """A copy of every parameter by name, on the CPU; every rank calls it, and those without `keep` get none."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        cut_up = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter]) if cut_up else contextlib.nullcontext():
+            if keep:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
 
 
 def mark_leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

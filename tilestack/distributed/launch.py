@@ -74,10 +74,10 @@ def start(distributed: DistributedConfig) -> World:
 
 @contextlib.contextmanager
 def build_model(distributed: DistributedConfig, dtype: torch.dtype) -> Iterator[None]:
-    """The place to build the model in: `from_pretrained`, or `AutoModelForCausalLM.from_config`.
+    """The place to call `from_pretrained` in.
 
-    Under ZeRO-3 every parameter is cut into the ranks' parts as it is made; otherwise this changes nothing. A bare
-    `Qwen3MoeForCausalLM(config)` is not supported under ZeRO-3: transformers would leave its weights uninitialised.
+    Under ZeRO-3 every parameter is cut into the ranks' parts as it is made; otherwise this changes nothing. A new
+    model is built outside: a bare `Qwen3MoeForCausalLM(config)` in here would be left uninitialised by transformers.
     dtype: what the model is loaded in.
     """
     if not uses_deepspeed(distributed, current_world()):

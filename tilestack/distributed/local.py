@@ -38,8 +38,8 @@ class _Slot:
 class LocalEngine:
     """Trains a model in this process. See `Engine` for the contract.
 
-    With bfloat16 weights, master weights and moments are float32: 14 bytes a parameter (and 4 more with accumulation,
-    for gradients that are summed in float32). With float32 weights there is no master: 16 bytes a parameter.
+    With bfloat16 weights, master weights and moments are float32: 16 bytes a parameter with its gradient, 18 with
+    accumulation, where gradients are summed in float32. With float32 weights there is no master: 16 bytes.
     """
 
     def __init__(self, model: torch.nn.Module, optimizer: OptimizerConfig, accumulation: int, world: World):
