@@ -1,6 +1,7 @@
 """What is checked before training starts, and the configuration that DeepSpeed gets."""
 
 import json
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -72,6 +73,21 @@ def test_our_moe_blocks_are_marked_as_leaves_which_deepspeed_would_not_know():
     assert not any(z3_leaf_module(block) for block in blocks)
     mark_leaf_modules(model)
     assert all(z3_leaf_module(block) for block in blocks)
+
+
+def test_a_pickle_that_would_run_code_is_refused_among_deepspeeds_files(tmp_path):
+    from tilestack.distributed.deepspeed_engine import _WeightsOnlyCheckpoints
+
+    ran = tmp_path / "ran"
+
+    class Harmful:
+        def __reduce__(self):
+            return (ran.touch, ())
+
+    torch.save({"module": Harmful()}, tmp_path / "states.pt")
+    with pytest.raises(UnpicklingError, match="Weights only load failed"):
+        _WeightsOnlyCheckpoints.load(None, str(tmp_path / "states.pt"))
+    assert not ran.exists()
 
 
 class TestTheDeepSpeedConfiguration:

@@ -9,6 +9,7 @@ import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -171,7 +172,7 @@ class DeepSpeedEngine:
         read_state(folder, expected=self._identity())
         try:
             path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        except (OSError, RuntimeError, EOFError, KeyError, AssertionError) as error:
+        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, UnpicklingError) as error:
             raise CheckpointError(f"{folder}: DeepSpeed cannot load its files: {error}") from error
         if path is None:
             raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint ({TAG}/)")
