@@ -52,6 +52,11 @@ def refused(run_train, capsys, tmp_path):
         (["--data.source", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data.eval_documents", "40"], "holds 40 documents, and data.eval_documents = 40 are held out"),
         (["--model.path", "./nowhere"], "the folder ./nowhere does not exist"),
+        (["--output.name", "../elsewhere"], "output.name ends the name of a folder inside output.folder"),
+        (
+            ["--distributed.engine", "deepspeed", "--distributed.deepspeed_config", "nowhere.json"],
+            "distributed.deepspeed_config='nowhere.json' cannot be read: No such file",
+        ),
     ],
 )
 def test_wrong_words_on_the_command_line(words, message, refused, tmp_path):
@@ -232,3 +237,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run(run_train, tmp_path, capsys
     config = write_config(tmp_path, optimizer={"lr": 1e30}, schedule={"warmup_steps": 0})
     assert run_train("--config", config) == 2
     assert "is not finite" in capsys.readouterr().err
+
+
+def test_ctrl_c_outside_the_loop_does_not_say_that_nothing_was_ever_saved(capsys):
+    with pytest.raises(SystemExit) as left, reported():
+        raise KeyboardInterrupt
+    assert left.value.code == 130
+    assert "nothing was saved after the last checkpoint" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from rich.console import Console
 from tilestack.app.config import ModelConfig, ScheduleConfig
 from tilestack.app.data.packing import Position, StepBatch
 from tilestack.app.display import Display, duration
+from tilestack.app.hardware import peak_flops
 from tilestack.app.interrupts import Stop, stoppable
 from tilestack.app.metrics import Metrics, MetricsFile
 from tilestack.app.model import new_config
@@ -57,6 +58,24 @@ def test_mfu_is_the_models_own_operations_over_the_peak_of_all_gpus(monkeypatch)
     assert first["mfu"] == round(2000 * training_flops_per_token(SHAPE, 100) / 2.0 / 4e12, 4)
     assert first["expert_load"] == 2.0
     assert metrics.read() == []
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA A10G", None),
+    ],
+)
+def test_a_gpus_peak_is_found_by_whole_words_of_its_name(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == (tflops and tflops * 1e12)
 
 
 def test_mfu_is_not_available_on_a_cpu():

@@ -17,7 +17,7 @@ LACKS = {
         "uneven causal",
         "empty",
         "length 1",
-    },  # fmt: skip
+    },
     ("attention", "sdpa-flash"): {"float32", "packed", "window", "uneven causal", "empty"},
     ("attention", "sdpa-efficient"): {"grouped", "packed", "window", "uneven causal", "empty"},
     ("attention", "flash-attn-2"): {"float32", "empty", "no document"},

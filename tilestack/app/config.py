@@ -152,6 +152,9 @@ class Config:
 def check(config: Config, world_size: int) -> None:
     """Raise UserError for the first value, or pair of values, that cannot train."""
     _check_at_least(config)
+    name = config.output.name
+    if name is not None and (not name or "/" in name):
+        raise UserError(f"output.name ends the name of a folder inside output.folder, so it has no '/'; got {name!r}")
     if config.model.path is None:
         _check_sizes(config.model)
         check_positions(config.data, config.model.max_positions, "model.max_positions")

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tilestack.distributed import CheckpointError, LaunchError
+from tilestack.distributed import CheckpointError, LaunchError, SettingsError
 from tilestack.kernels import UnsupportedError
 
 EXIT_USER_ERROR = 2
@@ -30,12 +30,12 @@ def reported() -> Iterator[None]:
     """Print what people can mend as one message and exit (2, or 130 after Ctrl-C); let bugs keep their traceback."""
     try:
         yield
-    except (UserError, CheckpointError, LaunchError, UnsupportedError) as error:
+    except (UserError, CheckpointError, LaunchError, SettingsError, UnsupportedError) as error:
         _leave(f"error: {error}", EXIT_USER_ERROR)
     except StoppedError as error:
         _leave(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        _leave("interrupted before there was anything to save", EXIT_INTERRUPTED)
+        _leave("interrupted; nothing was saved after the last checkpoint of the run, if it had one", EXIT_INTERRUPTED)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         needed = out_of_memory(error)
         if needed is None:

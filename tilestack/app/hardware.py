@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 
 import torch
 
-# dense bf16 TFLOP/s with float32 accumulation, from the makers' data sheets; the first name in the device's own counts
+# dense bf16 TFLOP/s with float32 accumulation, from the makers' data sheets; the first words that the device's name has
 PEAK_TFLOPS = {
     "GH200": 989.5,
     "H100 PCIe": 756.0,
@@ -35,7 +36,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak * 1e12 for words, peak in PEAK_TFLOPS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -27,5 +27,7 @@ def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
     rate.set_ylabel("learning rate")
     rate.set_xlabel("step")
     rate.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    temporary = path.with_name(f".tmp-{path.name}")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
     pyplot.close(figure)

@@ -10,6 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # those that an engine trains, and safetensors' names for them
+
 
 class CheckpointError(ValueError):
     """A checkpoint that is incomplete, damaged, or of another model, engine or number of ranks."""
@@ -57,6 +59,11 @@ def read_tensors(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
                     raise CheckpointError(
                         f"{path}: {name} has shape {found.get_shape()}, the model has {list(target.shape)}: "
                         "the checkpoint is of another model"
+                    )
+                if found.get_dtype() != DTYPES[target.dtype]:
+                    raise CheckpointError(
+                        f"{path}: {name} is {found.get_dtype()}, the model has {DTYPES[target.dtype]}: "
+                        "the checkpoint is of another precision"
                     )
             with torch.no_grad():
                 for name, target in targets.items():

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+class SettingsError(ValueError):
+    """A DeepSpeed configuration of the user's own that cannot be read, or that contradicts tilestack's."""
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter, 2019) with decoupled weight decay, and clipping by the global norm.

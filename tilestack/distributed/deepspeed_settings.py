@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 
 
 def deepspeed_settings(
@@ -22,7 +22,7 @@ def deepspeed_settings(
 
     Every value that DeepSpeed 0.19 changed the default of, or that tilestack's arithmetic leans on, is written out.
 
-    Raises ValueError if the user's file is not readable or contradicts tilestack's configuration.
+    Raises SettingsError if the user's file is not readable or contradicts tilestack's configuration.
     """
     settings = construction_settings(distributed, dtype)
     own = {
@@ -45,7 +45,7 @@ def deepspeed_settings(
 def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The part that decides how parameters are cut up, enough to build a ZeRO-3 model with.
 
-    Raises ValueError as `deepspeed_settings` does.
+    Raises SettingsError as `deepspeed_settings` does.
     """
     settings = _read(distributed.deepspeed_config) if distributed.deepspeed_config else {}
     for key in ("scheduler", "fp16"):
@@ -53,7 +53,7 @@ def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) ->
             reason = (
                 "tilestack sets the learning rate of every step" if key == "scheduler" else "tilestack trains in bf16"
             )
-            raise ValueError(f"{distributed.deepspeed_config}: remove {key!r}: {reason}")
+            raise SettingsError(f"{distributed.deepspeed_config}: remove {key!r}: {reason}")
     zero = settings.setdefault("zero_optimization", {})
     if distributed.zero is not None:
         _agree(settings, ("zero_optimization", "stage"), distributed.zero)
@@ -73,11 +73,11 @@ def _read(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"distributed.deepspeed_config={path!r} cannot be read: {error.strerror}") from None
+        raise SettingsError(f"distributed.deepspeed_config={path!r} cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"distributed.deepspeed_config={path!r} is not JSON: {error}") from None
+        raise SettingsError(f"distributed.deepspeed_config={path!r} is not JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise ValueError(
+        raise SettingsError(
             f"distributed.deepspeed_config={path!r} must hold a JSON object, got {type(settings).__name__}"
         )
     return _without_auto(settings)
@@ -98,7 +98,7 @@ def _agree(settings: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
         section = section.setdefault(key, {})
     found = section.setdefault(path[-1], value)
     if found != value:
-        raise ValueError(
+        raise SettingsError(
             f"the DeepSpeed configuration has {'.'.join(path)}={found!r}, tilestack's has {value!r}; "
             'remove it there (or write "auto") or make them equal'
         )
