@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tilestack.kernels.attention import reference, sm90_backward, sm90_forward
+from tilestack.kernels.attention.layout import rows_by_heads
 from tilestack.kernels.attention.op import AttentionParams
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
@@ -68,6 +69,16 @@ def test_emulated_hopper_kernels_are_within_twice_the_error_of_eager(name, monke
 
 def test_emulated_hopper_kernels_take_float16(monkeypatch):
     assert_right(run(CASES["packed, empty documents, rows of no document"], Emulator(), monkeypatch, torch.float16))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 2, 64), (8, 2, 64)])
+def test_rows_that_lie_over_one_another_are_copied_for_tma_and_others_are_not(shape):
+    rows = torch.randn(shape)
+    assert rows_by_heads(rows).data_ptr() == rows.data_ptr()
+    of_a_sum = rows.narrow(-3, 0, 1).expand(shape)  # what out.sum over the queries gives as dout: stride 0
+    found = rows_by_heads(of_a_sum)
+    assert found.stride(0) == 2 * 64
+    assert torch.equal(found.view(shape), of_a_sum)
 
 
 FORWARD, BACKWARD = "sm90_forward", "sm90_backward"

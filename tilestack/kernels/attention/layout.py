@@ -15,12 +15,14 @@ def rows_by_heads(tensor: torch.Tensor) -> torch.Tensor:
     """View (or, where strides forbid it, copy) [B, S, H, D] or [T, H, D] as [rows, H * D], which TMA can describe.
 
     TMA wants heads side by side, rows at a constant stride of a multiple of 16 bytes, and a start at such a multiple.
+    Rows that lie over one another (the gradient of a sum over rows is expanded, with stride 0) are copied too.
     """
     *leading, heads, head_dim = tensor.shape
     *outer, row, head, last = tensor.stride()
     aligned = row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
     regular = not outer or leading[0] == 1 or outer[0] == leading[1] * row
-    if not (last == 1 and (head == head_dim or heads == 1) and aligned and regular):
+    apart = row >= heads * head_dim or torch.Size(leading).numel() <= 1
+    if not (last == 1 and (head == head_dim or heads == 1) and aligned and regular and apart):
         tensor = tensor.contiguous()
         row = heads * head_dim
     return tensor.as_strided((torch.Size(leading).numel(), heads * head_dim), (row, 1))
