@@ -18,12 +18,19 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument("--out", type=Path, default=FOLDER, help="folder that the result file goes to")
-    top.add_argument("--repeats", type=int, default=20, help="timed calls of each variant; the median is reported")
+    top.add_argument("--repeats", type=int, default=20, help="timed calls of step and ops; the median is reported")
     benches = top.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser("step", help="forward, loss and backward of Qwen3-30B-A3B's shape, beside transformers")
     step.add_argument("--layers", type=int, default=4, help="decoder layers of 48")
     step.add_argument("--batch", type=int, default=4, help="sequences")
     step.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
+    for name, what in (
+        ("attention", "attention forward and backward over sequence lengths, host time, first calls"),
+        ("moe", "a whole MoE block of Qwen3-30B-A3B, beside transformers'"),
+    ):
+        kernel = benches.add_parser(name, help=what)
+        kernel.add_argument("--quick", action="store_true", help="a few cases")
+        kernel.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
     ops = benches.add_parser("ops", help="every implementation of every op at the model's shapes")
     ops.add_argument("--only", nargs="*", metavar="OP", help="these ops alone")
     benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
@@ -52,6 +59,18 @@ def _run(arguments: argparse.Namespace) -> Path:
 
         case = step.StepCase(layers=arguments.layers, batch=arguments.batch, seqlen=arguments.seqlen)
         return step.run([case], repeats=arguments.repeats, folder=arguments.out)
+    if arguments.bench == "attention":
+        from tilestack.bench import attention
+
+        return attention.run(arguments.quick, arguments.only, arguments.out)
+    if arguments.bench == "moe":
+        from tilestack.bench import moe
+
+        return moe.run(arguments.quick, arguments.only, arguments.out)
     from tilestack.bench import ops
 
     return ops.run(arguments.only, arguments.repeats, arguments.out)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -24,7 +24,10 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "bench" / "results"
-PACKAGES = ("torch", "triton", "transformers", "deepspeed", "flash-attn", "flash-attn-4", "xformers", "liger-kernel")
+PACKAGES = (
+    "torch", "triton", "transformers", "deepspeed", "flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "xformers",
+    "liger-kernel", "sonic-moe", "cut-cross-entropy",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Row:
     op: "step", "attention", ...; case: what was run; implementation: who ran it.
     direction: "forward", "backward", "both" or "step".
     ms_*: milliseconds of one call on the GPU. tflops, gbps: achieved TFLOP/s and GB/s (1e9 bytes).
-    peak_gib: highest memory allocated during the call. overhead_us: host time of a call. cold_s: the first call.
+    peak_gib: highest memory allocated during the call. overhead_us: host time of a call. cold_s: the first call;
+    warm_s: the first call of a second process, which finds compiled kernels on the disk.
     error: relative error against the oracle where the benchmark checks one, or why the row could not be measured.
     losses: the first losses of a training run, for `step`.
     """
@@ -52,6 +56,7 @@ class Row:
     tokens_per_s: float | None = None
     overhead_us: float | None = None
     cold_s: float | None = None
+    warm_s: float | None = None
     error: float | str | None = None
     losses: list[float] | None = None
 

@@ -13,8 +13,10 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from tilestack.bench.kernel_tables import attention_block, moe_block
 from tilestack.bench.results import FOLDER, ROOT, read
 
+FIGURES = ROOT / "docs" / "figures"
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -24,8 +26,14 @@ def documents() -> list[Path]:
 
 
 def rewrite() -> list[Path]:
-    """Bring every table up to date; returns the files that changed."""
+    """Bring every table and picture up to date; returns the files that were written."""
+    from tilestack.bench.plots import PLOTS
+
     changed = []
+    for bench, plot in PLOTS.items():
+        for path in result_files(bench):
+            plot(read(path), figure_of(path))
+            changed.append(figure_of(path))
     for path in documents():
         text = path.read_text()
         fresh = with_tables(text)
@@ -40,8 +48,18 @@ def with_tables(text: str) -> str:
     return MARKER.sub(lambda match: match[1] + TABLES[match[2]]() + match[3], text)
 
 
+def result_files(bench: str) -> list[Path]:
+    """The result files of a bench, one a machine."""
+    return sorted((FOLDER / bench).glob("*.json"))
+
+
 def _runs(bench: str) -> list[dict]:
-    return [read(path) for path in sorted((FOLDER / bench).glob("*.json"))]
+    return [read(path) for path in result_files(bench)]
+
+
+def figure_of(path: Path) -> Path:
+    """The picture of a result file: bench/results/attention/1xH100.json is docs/figures/attention-1xH100.png."""
+    return FIGURES / f"{path.parent.name}-{path.stem}.png"
 
 
 def step_table() -> str:
@@ -113,4 +131,19 @@ def ops_table() -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"step": step_table, "losses": losses_table, "ops": ops_table}
+def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
+    """For the README of an op, three folders down: a picture and tables for each machine."""
+    blocks = [
+        f"![TFLOP/s of {bench}](../../../docs/figures/{figure_of(path).name})\n\n{block(read(path))}"
+        for path in result_files(bench)
+    ]
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "step": step_table,
+    "losses": losses_table,
+    "ops": ops_table,
+    "attention": lambda: _of_kernel("attention", attention_block),
+    "moe": lambda: _of_kernel("moe", moe_block),
+}

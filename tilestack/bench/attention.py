@@ -1,0 +1,226 @@
+"""`tilestack bench attention`: forward and backward of every implementation over sequence lengths, in one run.
+
+Each rival is called by its own function, so that our adapters cost it nothing. The backward is timed alone, on a graph
+that is kept. Host time is that of forward and backward of a tiny shape; cold is the first forward and backward of a new
+process with empty caches of compiled kernels, warm the same again in a second process.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from tilestack.bench import attention_check
+from tilestack.bench.attention_cases import COLD, TINY, AttentionCase, cases, make
+from tilestack.bench.isolated import one_after_another, side_by_side
+from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.timing import ceilings, host_microseconds, measure
+from tilestack.kernels import ops
+from tilestack.kernels.device import Device
+from tilestack.kernels.dispatch import Call, TensorSpec
+
+LEFT_OUT = ("reference", "sdpa-efficient")  # quadratic memory; the slowest of torch's, without grouped heads
+BUDGET_MS = 80.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """kind: "speed", "host" or "first". cache: the folder of compiled kernels that "first" may use."""
+
+    case: AttentionCase
+    implementation: str
+    kind: str = "speed"
+    cache: str | None = None
+
+
+def takers(case: AttentionCase) -> list[str]:
+    """The implementations on this machine that take the case, gradients included."""
+    shapes = {"q": case.heads, "k": case.kv_heads, "v": case.kv_heads}
+    rows = (case.seqlen,) if case.lengths else (case.batch, case.seqlen)
+    specs = {
+        name: TensorSpec.contiguous((*rows, heads, case.head_dim), getattr(torch, case.dtype))
+        for name, heads in shapes.items()
+    }
+    offsets = TensorSpec.contiguous((len(case.lengths) + 1,), torch.int32) if case.lengths else None
+    op = ops()["attention"]
+    longest = max(case.sequences) if case.lengths else -1
+    params = op.contract.params(
+        case.head_dim**-0.5, case.causal, case.window[0], 0 if case.causal else case.window[1], longest, longest,
+        case.deterministic,
+    )  # fmt: skip
+    call = Call(Device.current(), {**specs, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}, params, True)
+    return [name for name, reason in op.reasons(call).items() if reason is None and name not in LEFT_OUT]
+
+
+def caller(case: AttentionCase, implementation: str, tensors: dict[str, torch.Tensor | None]) -> Callable:
+    """(q, k, v) -> out, by the library's own function."""
+    if implementation == "flash-attn-4":
+        return _flash_attn_4(case, tensors)
+    if implementation == "cudnn":
+        cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+        return _torch(lambda q, k, v: cudnn(q, k, v, None, True, 0.0, case.causal)[0])
+    if implementation == "sdpa-flash":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return _torch(lambda q, k, v: flash(q, k, v, 0.0, case.causal)[0])
+    return attention_check.ours(case, tensors, implementation)
+
+
+def _torch(function: Callable) -> Callable:
+    """What scaled_dot_product_attention runs, over its layout [B, H, S, D]."""
+    return lambda q, k, v: function(*(each.transpose(1, 2) for each in (q, k, v))).transpose(1, 2)
+
+
+def _flash_attn_4(case: AttentionCase, tensors: dict[str, torch.Tensor | None]) -> Callable:
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    options = {"causal": case.causal, "deterministic": case.deterministic}
+    cu = tensors["cu_seqlens"]
+    if cu is not None:
+        longest = max(case.sequences)
+        options |= {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    function = flash_attn_func if cu is None else flash_attn_varlen_func
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = function(q, k, v, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return call
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(case: AttentionCase) -> tuple[dict[str, torch.Tensor | None], attention_check.Truth]:
+    tensors = make(case, "cuda")
+    return tensors, attention_check.truth_of(case, tensors)
+
+
+def work(job: Job) -> list[Row]:
+    """One job, in a child process."""
+    return {"speed": _speed, "host": _host, "first": _first}[job.kind](job)
+
+
+def _speed(job: Job) -> list[Row]:
+    _free()
+    tensors, truth = _problem(job.case)
+    call = caller(job.case, job.implementation, tensors)
+    found = attention_check.run(call, tensors)
+    errors = truth.check(job.case, found)
+    if job.case.deterministic:
+        again = attention_check.run(call, tensors)
+        assert all(torch.equal(found[name], again[name]) for name in found), "a second run gave other bits"
+        del again
+    del found
+    _free()
+    leaves = [tensors[name] for name in ("q", "k", "v")]
+    out = call(*leaves)
+    directions = {
+        "forward": (lambda: call(*leaves), errors["out"]),
+        "backward": (
+            lambda: torch.autograd.grad(out, leaves, tensors["dout"], retain_graph=True),
+            max(errors["dq"], errors["dk"], errors["dv"]),
+        ),
+    }
+    return [_timed(job, direction, timed, error) for direction, (timed, error) in directions.items()]
+
+
+def _timed(job: Job, direction: str, call: Callable, error: float) -> Row:
+    timing = measure(call, 40, budget_ms=BUDGET_MS)
+    return Row(
+        "attention", job.case.as_dict(), job.implementation, direction,
+        ms_median=timing.median, ms_min=timing.low, ms_max=timing.high,
+        tflops=job.case.flops(direction) / timing.median / 1e9, peak_gib=timing.peak_gib, error=error,
+    )  # fmt: skip
+
+
+def _forward_and_backward(job: Job) -> Callable[[], object]:
+    tensors = make(job.case, "cuda")
+    call = caller(job.case, job.implementation, tensors)
+    leaves = [tensors[name] for name in ("q", "k", "v")]
+    return lambda: torch.autograd.grad(call(*leaves), leaves, tensors["dout"])
+
+
+def _host(job: Job) -> list[Row]:
+    overhead = host_microseconds(_forward_and_backward(job))
+    return [Row("attention", job.case.as_dict(), job.implementation, "both", overhead_us=overhead)]
+
+
+def _first(job: Job) -> list[Row]:
+    os.environ["TRITON_CACHE_DIR"] = job.cache
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # flash-attn-4 reads both when it is imported
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = job.cache
+    call = _forward_and_backward(job)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return [Row("attention", job.case.as_dict(), job.implementation, "both", cold_s=seconds)]
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def first_calls() -> Iterator[Row]:
+    """Rows of the cold and then the warm first call of everything that takes COLD; all of them compile at once."""
+    with tempfile.TemporaryDirectory() as folder:
+        jobs = [Job(COLD, name, "first", str(Path(folder) / name)) for name in takers(COLD)]
+        cold = [_rows(job, result)[0] for job, result in side_by_side(jobs, work)]
+        warm = {job.implementation: _rows(job, result)[0] for job, result in side_by_side(jobs, work)}
+    for row in cold:
+        again = warm[row.implementation]
+        yield Row(**{**row.__dict__, "warm_s": again.cold_s, "error": row.error or again.error})
+
+
+def _rows(job: Job, result: list[Row] | str) -> list[Row]:
+    if isinstance(result, list):
+        return result
+    return [Row("attention", job.case.as_dict(), job.implementation, "both", error=result)]
+
+
+def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDER) -> Path:
+    """Check and time every implementation (or `only` these) on every case, print as it goes, write the result file."""
+    limits = ceilings()
+    _free()
+    print(f"ceilings: {limits}", flush=True)
+    rows = []
+    chosen = [TINY, *cases(quick)]
+    jobs = [Job(case, name, "host" if case is TINY else "speed") for case in chosen for name in takers(case)]
+    wanted = [job for job in jobs if only is None or job.implementation in only]
+    for job, result in one_after_another(wanted, work):
+        for row in _rows(job, result):
+            rows.append(row)
+            print(describe(row), flush=True)
+    for row in [] if quick else first_calls():
+        rows.append(row)
+        print(describe(row), flush=True)
+    return write("attention", rows, limits, folder)
+
+
+def shape(case: dict) -> str:
+    """A case in a few words."""
+    lengths = f"packed, {len(case['lengths'])} documents" if case["lengths"] else f"{case['batch']} x {case['seqlen']}"
+    words = [lengths, f"{case['heads']}/{case['kv_heads']} heads of {case['head_dim']}"]
+    words += ["causal"] * case["causal"] + ["deterministic"] * case["deterministic"]
+    return ", ".join(words)
+
+
+def describe(row: Row) -> str:
+    """One line for the terminal."""
+    what = f"{shape(row.case):58} {row.implementation:16} {row.direction:8}"
+    if isinstance(row.error, str):
+        return f"{what} {row.error}"
+    if row.overhead_us is not None:
+        return f"{what} host {row.overhead_us:.0f} us"
+    if row.cold_s is not None:
+        return f"{what} first call {row.cold_s:.2f} s, in a second process {row.warm_s:.2f} s"
+    spread = (row.ms_max - row.ms_min) / row.ms_median
+    return f"{what} {row.ms_median:8.3f} ms (spread {spread:4.0%}) {row.tflops:5.0f} TFLOP/s  error {row.error:.1e}"

@@ -1,0 +1,175 @@
+"""Tables of attention and of the MoE block, from one run's result file each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tilestack.bench.moe import roofline_tflops
+
+OURS = ("tilestack", "tilestack-triton")
+ORDER = (*OURS, "cudnn", "sdpa-flash", "flash-attn-2", "flash-attn-4", "xformers", "transformers", "sonic-moe")
+DIRECTIONS = ("forward", "backward")
+
+
+def heading(run: dict) -> str:
+    """On what, when and with which ceilings a run was made."""
+    versions = ", ".join(
+        f"{name} {run['versions'][name]}"
+        for name in ("torch", "triton", "cudnn", "transformers", "flash-attn-4")
+        if name in run["versions"]
+    )
+    return (
+        f"{run['device']}, {versions}, {run['date'][:10]}; this device's ceilings in the same run: "
+        f"{run['ceilings']['matmul_tflops']:.0f} TFLOP/s (bf16 product), "
+        f"{run['ceilings']['copy_gbps']:.0f} GB/s (copy)."
+    )
+
+
+def ordered(names: Iterable[str]) -> list[str]:
+    """Ours first, then the rivals."""
+    return sorted(set(names), key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name))
+
+
+def attention_block(run: dict) -> str:
+    """TFLOP/s over sequence lengths, a table for each kind of shape; then what a call costs the host."""
+    speed = [row for row in run["rows"] if row["ms_median"] is not None]
+    lines = [heading(run), "", _spread(speed), ""]
+    for family in dict.fromkeys(map(attention_family, speed)):
+        lines += [f"**{family}**, TFLOP/s forward / backward", ""]
+        lines += _family([row for row in speed if attention_family(row) == family])
+        lines.append("")
+    return "\n".join([*lines, *_calls(run["rows"]), *failures(run["rows"])]).rstrip() + "\n"
+
+
+def attention_family(row: dict) -> str:
+    """What the rows of one table share."""
+    case = row["case"]
+    words = [f"{case['heads']} query heads, {case['kv_heads']} key heads of {case['head_dim']}"]
+    words.append("causal" if case["causal"] else "not causal")
+    words += ["packed documents"] * (case["layout"] == "packed") + ["deterministic"] * case["deterministic"]
+    return ", ".join(words)
+
+
+def size(case: dict) -> str:
+    """The first column of a table: what grows."""
+    if case["lengths"]:
+        return f"{len(case['lengths'])} documents, {case['seqlen']} tokens"
+    return f"{case['batch']} x {case['seqlen']}"
+
+
+def _family(rows: list[dict]) -> list[str]:
+    names = ordered(row["implementation"] for row in rows)
+    lines = [
+        f"| batch x length | {' | '.join(names)} | tilestack over the best rival |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for what in dict.fromkeys(size(row["case"]) for row in rows):
+        here = {(row["implementation"], row["direction"]): row["tflops"] for row in rows if size(row["case"]) == what}
+        cells = [_pair([here.get((name, direction)) for direction in DIRECTIONS], ".0f") for name in names]
+        ratios = _pair([ratio(here, names, direction) for direction in DIRECTIONS], ".2f")
+        lines.append(f"| {what} | {' | '.join(cells)} | {ratios} |")
+    return lines
+
+
+def _pair(values: list[float | None], form: str) -> str:
+    if all(value is None for value in values):
+        return ""
+    return " / ".join("-" if value is None else f"{value:{form}}" for value in values)
+
+
+def ratio(rates: dict[tuple[str, str], float], names: list[str], direction: str) -> float | None:
+    """The rate of tilestack over that of the fastest rival; None where one of them is missing."""
+    rivals = [rates[name, direction] for name in names if name not in OURS and (name, direction) in rates]
+    own = rates.get(("tilestack", direction))
+    return own / max(rivals) if own and rivals else None
+
+
+def _spread(rows: list[dict]) -> str:
+    spreads = sorted((row["ms_max"] - row["ms_min"]) / row["ms_median"] for row in rows)
+    if not spreads:
+        return "Nothing was timed."
+    return (
+        f"Medians; between the fastest and the slowest repeat lie {spreads[len(spreads) // 2]:.1%} of the median in "
+        f"the middle row and {spreads[-1]:.1%} in the worst."
+    )
+
+
+def _calls(rows: list[dict]) -> list[str]:
+    host = {row["implementation"]: row["overhead_us"] for row in rows if row["overhead_us"] is not None}
+    first = {row["implementation"]: row for row in rows if row["cold_s"] is not None}
+    if not host and not first:
+        return []
+    lines = [
+        "Forward and backward: host time of 1 x 128 tokens; the first call of a process at 4 x 4096 tokens, without",
+        "and with compiled kernels on the disk:",
+        "",
+        "| implementation | host us | first call, nothing compiled, s | first call, compiled before, s |",
+        "|---|---|---|---|",
+    ]
+    for name in ordered([*host, *first]):
+        cells = [host.get(name), first.get(name, {}).get("cold_s"), first.get(name, {}).get("warm_s")]
+        shown = [
+            "" if value is None else f"{value:{form}}" for value, form in zip(cells, (".0f", ".2f", ".2f"), strict=True)
+        ]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return [*lines, ""]
+
+
+def failures(rows: list[dict]) -> list[str]:
+    """What could not be timed, and why."""
+    failed = [row for row in rows if isinstance(row["error"], str)]
+    if not failed:
+        return []
+    lines = ["Not timed:", "", "| case | implementation | why |", "|---|---|---|"]
+    for row in failed:
+        case = row["case"]
+        what = (
+            f"{attention_family(row)}, {size(case)}"
+            if "heads" in case
+            else f"{case['tokens']} tokens, {case['routing']}"
+        )
+        reason = " ".join(row["error"].split())[:120].replace("|", "/")
+        lines.append(f"| {what} | {row['implementation']} | {reason} |")
+    return lines
+
+
+def moe_block(run: dict) -> str:
+    """The block forward, and forward and backward, beside the roofline."""
+    timed = [row for row in run["rows"] if row["ms_median"] is not None]
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in timed:
+        key = (row["case"]["tokens"], row["case"]["routing"], row["implementation"])
+        found.setdefault(key, {})[row["direction"]] = row
+    lines = [
+        heading(run), "",
+        "TFLOP/s (share of the roofline): 6 T K H I forward, 18 in all.", "",
+        "| tokens | routing | implementation | forward ms | forward TFLOP/s | forward and backward ms "
+        "| forward and backward TFLOP/s | peak GiB | times transformers |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for (tokens, routing, name), cell in found.items():
+        rival = found.get((tokens, routing, "transformers"), {}).get("both")
+        both = cell.get("both")
+        times = f"{rival['ms_median'] / both['ms_median']:.2f}" if rival and both else ""
+        peak = f"{both['peak_gib']:.1f}" if both else ""
+        shown = [_moe_cell(cell.get(direction), run["ceilings"]) for direction in ("forward", "both")]
+        lines.append(f"| {tokens} | {routing} | {name} | {' | '.join(shown)} | {peak} | {times} |")
+    return "\n".join([*lines, "", *_skew(found), *failures(run["rows"])]).rstrip() + "\n"
+
+
+def _moe_cell(row: dict | None, ceilings: dict[str, float]) -> str:
+    if row is None:
+        return " | "
+    share = row["tflops"] / roofline_tflops(row["case"], row["direction"], ceilings)
+    return f"{row['ms_median']:.2f} | {row['tflops']:.0f} ({share:.0%})"
+
+
+def _skew(found: dict[tuple, dict[str, dict]]) -> list[str]:
+    lines = []
+    for tokens, routing, name in found:
+        random = found.get((tokens, "random", name), {}).get("both")
+        skewed = found[tokens, routing, name].get("both")
+        if routing == "skewed" and name == "tilestack" and random and skewed:
+            cost = skewed["ms_median"] / random["ms_median"] - 1
+            lines.append(f"Skewed routing costs tilestack {cost:+.1%} at {tokens} tokens.")
+    return [*lines, ""] if lines else []

@@ -1,0 +1,235 @@
+"""`tilestack bench moe`: a whole MoE block of Qwen3-30B-A3B, beside transformers' with grouped_mm, in one run.
+
+The block is the router's linear layer, the router, sorting, the experts and the weighted sum. Every implementation has
+the same bf16 weights and tokens. "random": logits are standard normal. "skewed": expert number r has -log(r) added to
+its logit, so that the busiest expert gets many times the tokens of the mean.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from tilestack.bench import moe_check
+from tilestack.bench.isolated import one_after_another
+from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.timing import ceilings, measure
+from tilestack.kernels import moe, ops, router
+from tilestack.kernels.device import Device
+
+TOKENS = (4096, 16384, 32768)
+ROUTINGS = ("random", "skewed")
+BUDGET_MS = 150.0
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """One shape; the defaults are Qwen3-30B-A3B's."""
+
+    tokens: int
+    routing: str = "random"
+    hidden: int = 2048
+    intermediate: int = 768
+    experts: int = 128
+    top_k: int = 8
+    dtype: str = "bfloat16"
+
+    def as_dict(self) -> dict:
+        """The case as a result file has it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Job:
+    case: MoeCase
+    implementation: str
+
+
+def flops(case: dict, direction: str) -> float:
+    """6 * T * K * H * I forward, 12 backward, 18 both (products of the experts alone)."""
+    factor = {"forward": 6, "backward": 12, "both": 18}[direction]
+    return float(factor * case["tokens"] * case["top_k"] * case["hidden"] * case["intermediate"])
+
+
+def roofline_tflops(case: dict, direction: str, ceilings: dict[str, float]) -> float:
+    """What the device allows: the products at its matmul rate, or the bytes at its copy bandwidth if that takes longer.
+
+    Bytes, 2 each: the weights 3EHI once per direction, their gradients once. Rows, R = T * K, once per direction:
+    forward x, pre-activation, activation and answers, 2H + 3I; backward dout, x, dx, and pre-activation, its gradient
+    and the weighted activation, 3H + 5I.
+    """
+    rows = case["tokens"] * case["top_k"]
+    H, I = case["hidden"], case["intermediate"]
+    weights = 3 * case["experts"] * H * I
+    forward, backward = weights + rows * (2 * H + 3 * I), 2 * weights + rows * (3 * H + 5 * I)
+    moved = 2 * {"forward": forward, "backward": backward, "both": forward + backward}[direction]
+    arithmetic = flops(case, direction)
+    seconds = max(arithmetic / ceilings["matmul_tflops"] / 1e12, moved / ceilings["copy_gbps"] / 1e9)
+    return arithmetic / seconds / 1e12
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x, dout [T, H]; gate [E, H]; gate_up [E, 2I, H]; down [E, H, I]. All but dout want gradients."""
+
+    x: torch.Tensor
+    dout: torch.Tensor
+    gate: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    top_k: int
+
+    @property
+    def leaves(self) -> tuple[torch.Tensor, ...]:
+        return self.x, self.gate, self.gate_up, self.down
+
+
+def make(case: MoeCase, device: str, seed: int = 0) -> Problem:
+    """Tokens of unit size and weights that keep it; the last feature is 1 in every token and carries the skew."""
+    generator = torch.Generator(device).manual_seed(seed)
+    H, I, E = case.hidden, case.intermediate, case.experts
+
+    def random(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator, device=device, dtype=getattr(torch, case.dtype))
+        return values.mul_(scale)
+
+    x, dout = random(case.tokens, H), random(case.tokens, H)
+    gate, gate_up, down = (
+        random(E, H, scale=H**-0.5),
+        random(E, 2 * I, H, scale=H**-0.5),
+        random(E, H, I, scale=I**-0.5),
+    )
+    x[:, -1] = 1
+    ranks = 1 + torch.randperm(E, generator=generator, device=device)
+    gate[:, -1] = -ranks.float().log() if case.routing == "skewed" else 0
+    leaves = (each.requires_grad_() for each in (x, gate, gate_up, down))
+    x, gate, gate_up, down = leaves
+    return Problem(x, dout, gate, gate_up, down, case.top_k)
+
+
+def block(problem: Problem, implementation: str) -> Callable[[], torch.Tensor]:
+    """The block as a function without arguments: [T, H]."""
+    if implementation == "transformers":
+        module = transformers_block(problem)
+        return lambda: module(problem.x[None])[0]
+    return lambda: _tilestack(problem, implementation)
+
+
+def _tilestack(problem: Problem, implementation: str) -> torch.Tensor:
+    logits = F.linear(problem.x, problem.gate)
+    routed = router(logits, top_k=problem.top_k)
+    return moe(
+        problem.x, problem.gate_up, problem.down, routed.topk_ids, routed.topk_weights, implementation=implementation
+    )
+
+
+def transformers_block(problem: Problem, experts_implementation: str = "grouped_mm") -> torch.nn.Module:
+    """transformers' own block over the problem's weights."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    experts, hidden, intermediate = problem.down.shape
+    config = Qwen3MoeConfig(
+        hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=experts,
+        num_experts_per_tok=problem.top_k, norm_topk_prob=True,
+    )  # fmt: skip
+    config._experts_implementation = experts_implementation
+    with torch.device("meta"):
+        module = Qwen3MoeSparseMoeBlock(config)
+    for owner, name, tensor in (
+        (module.gate, "weight", problem.gate),
+        (module.experts, "gate_up_proj", problem.gate_up),
+        (module.experts, "down_proj", problem.down),
+    ):
+        del owner._parameters[name]
+        setattr(owner, name, tensor)
+    return module
+
+
+def implementations() -> list[str]:
+    """tilestack's that run on this machine, then the rivals."""
+    device = Device.current()
+    own = [each.name for each in ops()["moe"].implementations if each.refuses_machine(device) is None]
+    return [*(name for name in own if name != "reference"), "transformers"]
+
+
+@functools.lru_cache(maxsize=1)
+def _problem(case: MoeCase) -> tuple[Problem, moe_check.Truth]:
+    problem = make(case, "cuda")
+    return problem, moe_check.truth_of(problem)
+
+
+def work(job: Job) -> list[Row]:
+    """One job, in a child process: check, then time."""
+    _free()
+    problem, truth = _problem(job.case)
+    call = block(problem, job.implementation)
+    errors = truth.check(problem, call)
+    _free()
+
+    def forward() -> torch.Tensor:
+        with torch.no_grad():
+            return call()
+
+    def both() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(call(), problem.leaves, problem.dout)
+
+    return [
+        _timed(job, "forward", forward, errors["out"]),
+        _timed(job, "both", both, max(errors.values())),
+    ]
+
+
+def _timed(job: Job, direction: str, call: Callable, error: float) -> Row:
+    timing = measure(call, 30, budget_ms=BUDGET_MS)
+    return Row(
+        "moe", job.case.as_dict(), job.implementation, direction,
+        ms_median=timing.median, ms_min=timing.low, ms_max=timing.high,
+        tflops=flops(job.case.as_dict(), direction) / timing.median / 1e9,
+        tokens_per_s=job.case.tokens / timing.median * 1e3,
+        peak_gib=timing.peak_gib, overhead_us=timing.overhead_us, error=error,
+    )  # fmt: skip
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def cases(quick: bool = False) -> list[MoeCase]:
+    """Every shape; with `quick` one."""
+    return [MoeCase(16384)] if quick else [MoeCase(t, routing) for t in TOKENS for routing in ROUTINGS]
+
+
+def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDER) -> Path:
+    """Check and time every implementation (or `only` these) on every case, print as it goes, write the result file."""
+    limits = ceilings()
+    _free()
+    print(f"ceilings: {limits}", flush=True)
+    jobs = [Job(case, name) for case in cases(quick) for name in implementations() if only is None or name in only]
+    rows = []
+    for job, result in one_after_another(jobs, work):
+        if isinstance(result, str):
+            result = [Row("moe", job.case.as_dict(), job.implementation, "both", error=result)]
+        for row in result:
+            rows.append(row)
+            print(describe(row, limits), flush=True)
+    return write("moe", rows, limits, folder)
+
+
+def describe(row: Row, limits: dict[str, float]) -> str:
+    """One line for the terminal."""
+    what = f"{row.case['tokens']:6} tokens, {row.case['routing']:7} {row.implementation:16} {row.direction:8}"
+    if isinstance(row.error, str):
+        return f"{what} {row.error}"
+    share = row.tflops / roofline_tflops(row.case, row.direction, limits)
+    return (
+        f"{what} {row.ms_median:8.3f} ms {row.tflops:5.0f} TFLOP/s, {share:4.0%} of the roofline, "
+        f"{row.peak_gib:5.1f} GiB, host {row.overhead_us:5.0f} us  error {row.error:.1e}"
+    )

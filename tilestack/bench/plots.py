@@ -1,0 +1,85 @@
+"""Pictures of result files, for the documentation. Each carries the run that it shows in its metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed
+from matplotlib import pyplot
+
+from tilestack.bench.kernel_tables import DIRECTIONS, attention_family, ordered
+
+SOURCE = "Description"  # a PNG keyword: which run the picture shows
+
+
+def source(run: dict) -> str:
+    """What a picture's metadata says of its run."""
+    return f"{run['bench']}, {run['device']}, {run['date']}"
+
+
+def plot_attention(run: dict, path: Path) -> None:
+    """TFLOP/s over the sequence length for the first kind of shape, forward and backward, every implementation."""
+    speed = [row for row in run["rows"] if row["ms_median"] is not None and not row["case"]["lengths"]]
+    family = attention_family(speed[0])
+    rows = [row for row in speed if attention_family(row) == family]
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for panel, direction in zip(panels, DIRECTIONS, strict=True):
+        for name in ordered(row["implementation"] for row in rows):
+            line = sorted(
+                (row["case"]["seqlen"], row["tflops"])
+                for row in rows
+                if row["implementation"] == name and row["direction"] == direction
+            )
+            style = {"linewidth": 2.5} if name == "tilestack" else {"linewidth": 1.2, "alpha": 0.8}
+            panel.plot(*zip(*line, strict=True), "o-", markersize=4, label=name, **style)
+        panel.axhline(run["ceilings"]["matmul_tflops"], color="gray", linestyle=":", label="bf16 product, 8192 cubed")
+        lengths = sorted({row["case"]["seqlen"] for row in rows})
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(lengths, [str(length) for length in lengths])
+        panel.set_xlabel("sequence length (tokens; 16384 in all)")
+        panel.set_title(direction)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("TFLOP/s")
+    panels[0].set_ylim(bottom=0)
+    panels[1].legend(fontsize="small")
+    figure.suptitle(f"{run['device']}, bf16, {family}")
+    _save(figure, run, path)
+
+
+def plot_moe(run: dict, path: Path) -> None:
+    """TFLOP/s of forward and backward over the tokens, every implementation and routing."""
+    rows = [row for row in run["rows"] if row["ms_median"] is not None and row["direction"] == "both"]
+    figure, panel = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    names = ordered(row["implementation"] for row in rows)
+    colours = dict(zip(names, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for name in names:
+        for routing, style in (("random", "o-"), ("skewed", "s--")):
+            line = sorted(
+                (row["case"]["tokens"], row["tflops"])
+                for row in rows
+                if row["implementation"] == name and row["case"]["routing"] == routing
+            )
+            if line:
+                label = f"{name}, {routing}"
+                panel.plot(*zip(*line, strict=True), style, color=colours[name], markersize=4, label=label)
+    tokens = sorted({row["case"]["tokens"] for row in rows})
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(tokens, [str(each) for each in tokens])
+    panel.set_xlabel("tokens")
+    panel.set_ylabel("TFLOP/s, forward and backward")
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.3)
+    panel.legend(fontsize="small")
+    figure.suptitle(f"{run['device']}, bf16, MoE block of Qwen3-30B-A3B")
+    _save(figure, run, path)
+
+
+def _save(figure: pyplot.Figure, run: dict, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, metadata={SOURCE: source(run)})
+    pyplot.close(figure)
+
+
+PLOTS = {"attention": plot_attention, "moe": plot_moe}
