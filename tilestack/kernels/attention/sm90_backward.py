@@ -44,7 +44,7 @@ from tilestack.kernels._gluon import (
     warpgroup_mma_wait,
 )
 from tilestack.kernels.attention.layout import rows_by_heads
-from tilestack.kernels.attention.sm90_configs import backward_config, section
+from tilestack.kernels.attention.sm90_configs import backward_config, backward_section
 from tilestack.kernels.attention.sm90_schedule import FIELDS, key_table, query_table
 
 LOG2E = 1.4426950408889634
@@ -391,7 +391,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs
     group = heads // kv_heads
     config = backward_config(head_dim, group)
     block_m, block_n = config.BLOCK_M, config.BLOCK_N
-    blocks, n_blocks = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m, longest_first=False)
+    blocks, n_blocks = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m)
     items, n_items = key_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m, block_n)
     n_columns = heads // config.HEADS
     shared = group > config.HEADS
@@ -416,7 +416,8 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs
         )  # fmt: skip
         attention_backward_kernel[(n_items * n_columns,)](
             q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, *dkv_descs, dk, dv, items, n_columns,
-            section(n_columns, config.HEADS, q.shape[-3], head_dim), n_blocks, params.window_left, params.window_right,
+            backward_section(n_columns, config.HEADS, q.shape[-3], head_dim), n_blocks,
+            params.window_left, params.window_right,
             params.softmax_scale, params.softmax_scale * LOG2E, kv_heads * head_dim, GROUP=group, D=head_dim,
             **asdict(config), HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=8,
         )  # fmt: skip

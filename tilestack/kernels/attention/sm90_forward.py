@@ -2,7 +2,7 @@
 
 A program is one producer warp and two consumer warpgroups of 64 queries each. The grid is persistent and walks over
 work items (128 queries of one head of one document), heads fastest, so that the heads that share a key head run
-together and find K and V in L2; dense causal input goes longest item first.
+together; dense input goes in sections of heads and documents whose K and V fit into L2, longest item first.
 
 * The producer loads Q once an item, and K and V tile by tile, from the last visible key to the first, through a ring of
   STAGES buffers. Full buffers are mbarriers (TMA counts its bytes on them), free ones are hardware barriers, which
@@ -38,7 +38,7 @@ from tilestack.kernels._gluon import (
     warpgroup_mma_wait,
 )
 from tilestack.kernels.attention.layout import empty_lse, rows_by_heads
-from tilestack.kernels.attention.sm90_configs import FORWARD
+from tilestack.kernels.attention.sm90_configs import FORWARD, forward_sections
 from tilestack.kernels.attention.sm90_schedule import query_table, work_item
 
 LOG2E = 1.4426950408889634
@@ -65,7 +65,7 @@ def key_tiles(n_q, n_k, position, left, right, BLOCK_M: gl.constexpr, BLOCK_N: g
 
 @gluon.jit
 def producer(q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
-             items, n_heads, left, right,
+             items, n_heads, section_heads, left, right,
              GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
@@ -73,7 +73,7 @@ def producer(q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
     n_items_done = 0
     n_items = gl.load(items) * n_heads
     for t in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        head, row_q, n_q, row_k, n_k, position, _ = work_item(t, items, n_heads)
+        head, row_q, n_q, row_k, n_k, position, _ = work_item(t, items, n_heads, section_heads)
         first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         column_q = head * D
         column_k = (head // GROUP) * D
@@ -125,7 +125,7 @@ def visible_scores(s, tile, full_first, full_last, n_k, own, columns, left, righ
 
 @gluon.jit
 def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, n_heads, left, right, scale, stride_lse, stride_out,
+             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
@@ -148,7 +148,7 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
     thread_barrier()
     n_items = gl.load(items) * n_heads
     for t in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        head, row_q, n_q, _, n_k, position, row_lse = work_item(t, items, n_heads)
+        head, row_q, n_q, _, n_k, position, row_lse = work_item(t, items, n_heads, section_heads)
         first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         low = position + which * HALF
         own = rows + low
@@ -233,27 +233,27 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
 
 @gluon.jit
 def consumer_0(o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-               items, n_heads, left, right, scale, stride_lse, stride_out,
+               items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
                HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     consumer(0, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, n_heads, left, right, scale, stride_lse, stride_out,
+             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
              BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)  # fmt: skip
 
 
 @gluon.jit
 def consumer_1(o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-               items, n_heads, left, right, scale, stride_lse, stride_out,
+               items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
                HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     consumer(1, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, n_heads, left, right, scale, stride_lse, stride_out,
+             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
              BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["left", "right"])
+@gluon.jit(do_not_specialize=["section_heads", "left", "right"])
 def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, out, lse,
-                             items, n_heads, left, right, scale, stride_lse, stride_out,
+                             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
                              GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
                              BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
                              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
@@ -272,13 +272,13 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, out, lse,
         mbarrier.init(v_full.index(i), count=1)
     gl.warp_specialize([
         (consumer_0, (o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-                      items, n_heads, left, right, scale, stride_lse, stride_out,
+                      items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
                       BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
         (consumer_1, (o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-                      items, n_heads, left, right, scale, stride_lse, stride_out,
+                      items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
                       BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
         (producer, (q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
-                    items, n_heads, left, right,
+                    items, n_heads, section_heads, left, right,
                     GROUP, BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
     ], [4, 1], [240, 24])  # fmt: skip
 
@@ -292,7 +292,10 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
         return out.zero_(), lse.fill_(-torch.inf)
     config = FORWARD[q.shape[-1]]
     heads, head_dim = q.shape[-2:]
-    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, config.BLOCK_M, longest_first=True)
+    section, section_heads = 0, heads  # packed documents lie side by side as they are
+    if cu_seqlens_q is None:
+        section, section_heads = forward_sections(q.shape[0], k.shape[1], heads, k.shape[-2], head_dim)
+    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, config.BLOCK_M, section)
     q_desc, k_desc, v_desc, o_desc = (
         tensor_descriptor(rows_by_heads(each), [block, head_dim])
         for each, block in (
@@ -306,7 +309,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
     with launch.on_device(q):
         attention_forward_kernel[grid](
             q_desc, k_desc, v_desc, o_desc, out, lse,
-            items, heads, params.window_left, params.window_right,
+            items, heads, section_heads, params.window_left, params.window_right,
             params.softmax_scale * LOG2E, lse.shape[-1], heads * head_dim,
             GROUP=heads // k.shape[-2], D=head_dim, **asdict(config),
             HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=4,

@@ -1,6 +1,6 @@
 """Which work the Hopper kernels do: blocks of a document's rows, in tables on the device.
 
-    table[0] = number of items; table[8 + 8 i ...] = the fields of item i; items that are not used are 0
+    table[0] = number of items; table[1] = items of a section; table[8 + 8 i ...] = the fields of item i, 0 if not used
 
 For packed input a small kernel writes the table, because documents begin anywhere and the host must not read
 cu_seqlens; the rows after the last offset make a document of their own, which sees nothing, so that they are written
@@ -30,11 +30,19 @@ BLOCK_DOCUMENTS = 128
 
 
 @gluon.jit
-def work_item(t, items, n_heads):
-    """Piece of work t, heads fastest: the head, and the six fields of its item in the query table."""
-    entry = items + FIELDS * (t // n_heads + 1)
+def work_item(t, items, n_heads, section_heads):
+    """Piece of work t: the head, and the six fields of its item in the query table.
+
+    A section is some items (whole documents) under section_heads heads, whose keys and values fit into L2 together; its
+    pieces come before the next section's, heads fastest."""
+    section_items = gl.load(items + 1)
+    section = t // (section_items * section_heads)
+    rest = t - section * (section_items * section_heads)
+    head_sections = n_heads // section_heads
+    item = section // head_sections * section_items + rest // section_heads
+    entry = items + FIELDS * (item + 1)
     return (
-        t % n_heads,
+        section % head_sections * section_heads + rest % section_heads,
         gl.load(entry),
         gl.load(entry + 1),
         gl.load(entry + 2),
@@ -91,6 +99,7 @@ def query_table_kernel(
     tl.store(entries + 5, row_q, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(table_ptr, before)
+        tl.store(table_ptr + 1, tl.maximum(before, 1))
 
 
 @triton.jit
@@ -137,14 +146,15 @@ def key_table_kernel(
         tl.store(table_ptr, before)
 
 
-def query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int, *, longest_first: bool) -> tuple[torch.Tensor, int]:
+def query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int, section: int = 0) -> tuple[torch.Tensor, int]:
     """The query table of a call, and an upper bound of its items; nothing is read back from the device.
 
-    longest_first: for dense input, the items that see most keys come first; else every table is in the rows' order.
+    section: for dense input, the items of so many documents come before the next, those that see most keys first; 0
+        leaves every table in the rows' order.
     """
     if cu_seqlens_q is None:
         batch, len_q, heads, _ = q.shape
-        table = _dense_query_table(batch, len_q, k.shape[1], heads, block_m, longest_first, q.device)
+        table = _dense_query_table(batch, len_q, k.shape[1], heads, block_m, section, q.device)
         return table, batch * launch.cdiv(len_q, block_m)
     return _packed_table(query_table_kernel, q.shape[0], cu_seqlens_q, cu_seqlens_k, block_m, BLOCK_M=block_m)
 
@@ -175,17 +185,19 @@ def _packed_table(
 
 @functools.lru_cache(maxsize=64)
 def _dense_query_table(
-    batch: int, len_q: int, len_k: int, heads: int, block_m: int, longest_first: bool, device: torch.device
+    batch: int, len_q: int, len_k: int, heads: int, block_m: int, section: int, device: torch.device
 ) -> torch.Tensor:
     n_blocks = launch.cdiv(len_q, block_m)
     item = torch.arange(batch * n_blocks, device=device, dtype=torch.int32)
-    if longest_first:  # the last queries see most keys
-        document, start = item % batch, (n_blocks - 1 - item // batch) * block_m
+    if section:  # the last queries see most keys
+        begun, rest = item // (section * n_blocks), item % (section * n_blocks)
+        document, start = begun * section + rest % section, (n_blocks - 1 - rest // section) * block_m
     else:
         document, start = item // n_blocks, item % n_blocks * block_m
     keys = torch.full_like(item, len_k)
     row_lse = document * heads * len_q + start
-    return _table(document * len_q + start, len_q - start, document * len_k, keys, start + (len_k - len_q), row_lse)
+    fields = (document * len_q + start, len_q - start, document * len_k, keys, start + (len_k - len_q), row_lse)
+    return _table(*fields, section=section * n_blocks)
 
 
 @functools.lru_cache(maxsize=64)
@@ -200,9 +212,10 @@ def _dense_key_table(
     return _table(document * len_k, keys, document * len_q, queries, item % n_blocks, first_block)
 
 
-def _table(*fields: torch.Tensor) -> torch.Tensor:
+def _table(*fields: torch.Tensor, section: int = 0) -> torch.Tensor:
     n_items = fields[0].numel()
     table = fields[0].new_zeros(n_items + 1, FIELDS.value)
     table[0, 0] = n_items
+    table[0, 1] = section
     table[1:, : len(fields)] = torch.stack(fields, 1)
     return table.view(-1)

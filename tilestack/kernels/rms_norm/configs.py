@@ -11,5 +11,8 @@ def warps(hidden: int) -> int:
 
 
 def backward_programs(rows: int, multiprocessors: int) -> int:
-    """Programs of the backward kernel, each with its own share of dweight: two a multiprocessor hide latency."""
-    return max(1, min(rows, 2 * multiprocessors))
+    """Programs of the backward kernel, each with its own share of dweight: four a multiprocessor hide latency.
+
+    Measured on an H100 at 16,384 x 2,048 in bf16, with a residual: 1: 0.150 ms, 2: 0.100, 4: 0.084, 8: more.
+    """
+    return max(1, min(rows, 4 * multiprocessors))
