@@ -79,6 +79,8 @@ def test_rows_that_lie_over_one_another_are_copied_for_tma_and_others_are_not(sh
     found = rows_by_heads(of_a_sum)
     assert found.stride(0) == 2 * 64
     assert torch.equal(found.view(shape), of_a_sum)
+
+
 @pytest.mark.parametrize("section", [(1, 4), (2, 2), (1, 1)], ids=str)
 def test_sections_of_documents_and_heads_leave_nothing_out(section, monkeypatch):
     monkeypatch.setattr(sm90_forward, "forward_sections", lambda *_: section)

@@ -148,7 +148,7 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
     thread_barrier()
     n_items = gl.load(items) * n_heads
     for t in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        head, row_q, n_q, _, n_k, position, row_lse = work_item(t, items, n_heads, section_heads)
+        _, _, n_q, _, n_k, position, _ = work_item(t, items, n_heads, section_heads)
         first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         low = position + which * HALF
         own = rows + low
@@ -206,6 +206,8 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
         barrier_arrive(Q_FREE + which, "160", 4)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         summed = warpgroup_mma(p_left, v_s.index(v_stage), acc, is_async=True)
+        # read the item again: kept through the loop, its numbers would take registers
+        head, row_q, n_q, _, _, _, row_lse = work_item(t, items, n_heads, section_heads)
         mine = n_q - which * HALF
         natural = (m + gl.log2(total)) * 0.6931471805599453
         gl.store(lse + (head * stride_lse + row_lse + which * HALF + rows), natural, mask=rows < mine)
