@@ -30,6 +30,7 @@ __all__ = [
     "gl",
     "gluon",
     "mbarrier",
+    "narrow",
     "reciprocal",
     "round_to_bf16",
     "swizzled",
@@ -93,6 +94,19 @@ def round_to_bf16(x):
         is_pure=True,
         pack=2,
     )
+
+
+@gluon.jit
+def narrow(x, dtype: gl.constexpr):
+    """float32 to bfloat16 or float16, one packed conversion a pair: plain casts become one conversion a value."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=dtype, is_pure=True, pack=2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=dtype, is_pure=True, pack=2
+        )
 
 
 def swizzled(bits: int, rank: int = 2, width: int = 128) -> gl.NVMMASharedLayout:

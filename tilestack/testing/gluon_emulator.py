@@ -291,7 +291,8 @@ class Emulator:
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return Pointer(value.view(-1))
+            behind = value.untyped_storage().nbytes() // value.element_size() - value.storage_offset()
+            return Pointer(value.as_strided((behind,), (1,)))  # a kernel may step out of a view, by its strides
         return Descriptor(value) if hasattr(value, "block_shape") else value
 
     @contextlib.contextmanager
@@ -442,6 +443,7 @@ class Emulator:
             _gluon.tma_reduce_add: lambda desc, coord, source: self.tma_store(desc, coord, source, add=True),
             _gluon.barrier_sync: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, True),
             _gluon.barrier_arrive: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, False),
+            _gluon.narrow: lambda x, dtype: x.to(dtype),
             _gluon.reciprocal: lambda x: 1 / x,
             _gluon.round_to_bf16: lambda x: (x.bfloat16(), x.bfloat16().float()),
         }

@@ -1,0 +1,179 @@
+"""What the Hopper kernels of moe have in common: the ring of operands, gathered rows, tiles that leave through TMA.
+
+Every kernel is persistent, with these roles in each program: two consumer warpgroups, which own 64 rows and 256 columns
+of a tile each and share its right operand; one producer, which fills a ring of stages of 64 in depth (a TMA tile each,
+or, where rows are gathered, cp.async from four warps; both count on the stage's `full` barrier). A consumer keeps one
+wgmma in flight and gives a stage back when the next one's product has been issued.
+"""
+
+from __future__ import annotations
+
+from tilestack.kernels._gluon import (
+    async_copy,
+    fence_async_shared,
+    gl,
+    gluon,
+    mbarrier,
+    reciprocal,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+SECOND = gl.constexpr(16)  # the bit of a block's expert that says that its second half has rows
+
+
+@gluon.jit
+def next_stage(stage, phase, STAGES: gl.constexpr):
+    wrapped = (stage + 1) // STAGES
+    return stage + 1 - wrapped * STAGES, phase ^ wrapped
+
+
+@gluon.jit
+def init_ring(full, empty, STAGES: gl.constexpr, GATHER: gl.constexpr):
+    for stage in gl.static_range(STAGES):
+        # one thread announces the bytes of TMA; each of the 128 that gather arrives when its copies have
+        mbarrier.init(full.index(stage), count=129 if GATHER else 1)
+        mbarrier.init(empty.index(stage), count=2)
+
+
+@gluon.jit
+def accumulate(acc, a_s, b_s, full, empty, stage, phase, steps, which: gl.constexpr, A_IS_TRANSPOSED: gl.constexpr,
+               B_IS_TRANSPOSED: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """acc [64, 256] += a b over `steps` stages of the ring; returns acc and where the ring stands."""
+    for step in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        if GATHER:
+            fence_async_shared()  # cp.async writes as threads do, wgmma reads as TMA does
+        a = a_s.index(stage * 2 + which)
+        b = b_s.index(stage)
+        if A_IS_TRANSPOSED:
+            a = a.permute((1, 0))
+        if B_IS_TRANSPOSED:
+            b = b.permute((1, 0))
+        acc = warpgroup_mma(a, b, acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((stage + (STAGES - 1)) % STAGES), count=1, pred=step > 0)
+        stage, phase = next_stage(stage, phase, STAGES)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((stage + (STAGES - 1)) % STAGES), count=1, pred=steps > 0)
+    return acc, stage, phase
+
+
+@gluon.jit
+def pass_by(full, empty, stage, phase, steps, STAGES: gl.constexpr):
+    """Give `steps` stages back unused: this consumer's half of the tile has no rows."""
+    for _step in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def gathered(source, routes, stride, first_column, WIDTH: gl.constexpr, TOP_K: gl.constexpr, layout: gl.constexpr):
+    """Pointers to WIDTH columns of the rows of `routes`' tokens."""
+    columns = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    tokens = gl.maximum(routes, 0) // TOP_K
+    return source + (tokens.to(gl.int64)[:, None] * stride + columns[None, :])
+
+
+@gluon.jit
+def row_tile(block, block_expert, block_row):
+    """The expert of a block of rows, its first row, and whether its second half has rows."""
+    packed = gl.load(block_expert + block)
+    return packed & ((1 << SECOND) - 1), gl.load(block_row + block), packed >> SECOND
+
+
+@gluon.jit
+def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
+                 stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
+                 GATHER: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Loads the operands of a product over rows, tile after tile: rows of a block (GATHER: of `source`, by token) and a
+    part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them gates, half ups)
+    or its columns n."""
+    gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))
+    stage = 0
+    phase = 0
+    for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
+        n = t % N_TILES
+        expert, row, has_second = row_tile(t // N_TILES, block_expert, block_row)
+        if GATHER:
+            routes_0 = gl.load(row_to_route + (row + half))
+            routes_1 = gl.where(has_second > 0, gl.load(row_to_route + (row + 64 + half)), -1)
+            is_row_0 = (routes_0 >= 0)[:, None]
+            is_row_1 = (routes_1 >= 0)[:, None]
+            rows_0 = gathered(source, routes_0, stride, 0, 64, TOP_K, gather)
+            rows_1 = gathered(source, routes_1, stride, 0, 64, TOP_K, gather)
+        for step in range(STEPS):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            if GATHER:
+                mbarrier.expect(full.index(stage), 256 * 64 * 2)
+            else:
+                mbarrier.expect(full.index(stage), (256 + 128) * 64 * 2)
+            if PAIRED:
+                first = expert * EXPERT_ROWS + n * 128
+                tma.async_copy_global_to_shared(
+                    weight_desc, [first, step * 64], full.index(stage), b_s.index(stage * 2)
+                )
+                tma.async_copy_global_to_shared(
+                    weight_desc, [first + EXPERT_ROWS // 2, step * 64], full.index(stage), b_s.index(stage * 2 + 1)
+                )
+            elif TRANSPOSED:
+                tma.async_copy_global_to_shared(
+                    weight_desc, [expert * EXPERT_ROWS + n * 256, step * 64], full.index(stage), b_s.index(stage)
+                )
+            else:
+                tma.async_copy_global_to_shared(
+                    weight_desc, [expert * EXPERT_ROWS + step * 64, n * 256], full.index(stage), b_s.index(stage)
+                )
+            if GATHER:
+                async_copy.async_copy_global_to_shared(a_s.index(stage * 2), rows_0 + step * 64, is_row_0)
+                async_copy.async_copy_global_to_shared(a_s.index(stage * 2 + 1), rows_1 + step * 64, is_row_1)
+                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            else:
+                tma.async_copy_global_to_shared(a_desc, [row, step * 64], full.index(stage), a_s.index(stage * 2))
+                tma.async_copy_global_to_shared(
+                    a_desc, [row + 64, step * 64], full.index(stage), a_s.index(stage * 2 + 1)
+                )
+            stage, phase = next_stage(stage, phase, STAGES)
+    if GATHER:
+        async_copy.wait_group(0)
+
+
+@gluon.jit
+def halves(x, WIDTH: gl.constexpr):
+    """The left and right half of an accumulator [64, WIDTH]: a thread has both, so nothing moves."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH // 2, 16])
+    left, right = gl.split(x.reshape([64, 2, WIDTH // 2]).permute([0, 2, 1]))
+    return gl.convert_layout(left, layout, assert_trivial=True), gl.convert_layout(right, layout, assert_trivial=True)
+
+
+@gluon.jit
+def quarters(acc):
+    """An accumulator [64, 256] as four of 64 columns."""
+    left, right = halves(acc, 256)
+    first, second = halves(left, 128)
+    third, fourth = halves(right, 128)
+    return first, second, third, fourth
+
+
+@gluon.jit
+def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: gl.constexpr, CHUNKS: gl.constexpr):
+    """Write the tile's chunk number `index` [64, 64] through this consumer's ring of CHUNKS buffers.
+
+    The ring is empty when a tile begins (tma.store_wait(0))."""
+    if index >= CHUNKS:
+        tma.store_wait(CHUNKS - 1)
+        gl.thread_barrier()
+    buffer = staging.index(which * CHUNKS + index % CHUNKS)
+    buffer.store(chunk)
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+
+
+@gluon.jit
+def sigmoid(x):
+    return reciprocal(1.0 + gl.exp2(x * -1.4426950408889634))

@@ -1,0 +1,180 @@
+"""The gradients of the experts' weights for Hopper, in Gluon.
+
+    dweight[e] [M, N] = sum over the rows of e of a[row] (outer) b[row]
+
+One of the two operands is gathered by token: dout for ddown (a), x for dgate_up (b). A tile is 128 x 256 of one expert,
+64 rows a step; an expert without rows gets zeros. Tiles differ in length by the rows of their expert: they go largest
+expert first, and every other round of the programs in reverse, so that the program with the longest tile of one round
+gets the shortest of the next. The tiles of an expert follow one another: they share its rows in L2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from tilestack.kernels import launch
+from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, tma
+from tilestack.kernels.moe.sm90_configs import WEIGHTS
+from tilestack.kernels.moe.sm90_pieces import (
+    accumulate,
+    gathered,
+    init_ring,
+    next_stage,
+    quarters,
+    store_chunk,
+)
+
+
+@gluon.jit
+def rounds(n_tiles):
+    """How many tiles this program takes: the last round is as full as it gets."""
+    programs = gl.num_programs(0)
+    full = n_tiles // programs
+    pid = gl.program_id(0)
+    place = gl.where(full % 2 == 0, pid, programs - 1 - pid)
+    return full + gl.where(place < n_tiles - full * programs, 1, 0)
+
+
+@gluon.jit
+def weight_tile(turn, n_tiles, by_size, row_offsets, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
+    """This program's tile in round `turn`: expert, first row, steps of 64 rows, and the place of the tile."""
+    programs = gl.num_programs(0)
+    pid = gl.program_id(0)
+    t = turn * programs + gl.where(turn % 2 == 0, pid, programs - 1 - pid)
+    t = gl.minimum(t, n_tiles - 1)  # one behind the last is looked up, but never computed
+    expert = gl.load(by_size + t // (M_TILES * N_TILES))
+    row = gl.load(row_offsets + expert)
+    steps = (gl.load(row_offsets + (expert + 1)) - row) // 64
+    return expert, row, steps, (t // N_TILES) % M_TILES, t % N_TILES
+
+
+@gluon.jit
+def inside(routes, first_column, WIDTH: gl.constexpr, LIMIT: gl.constexpr, layout: gl.constexpr):
+    """Which of WIDTH columns of the rows of `routes` exist."""
+    if LIMIT % WIDTH == 0:
+        return (routes >= 0)[:, None]
+    else:
+        columns = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+        return (routes >= 0)[:, None] & (columns < LIMIT)[None, :]
+
+
+@gluon.jit
+def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
+             M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    M_TILES: gl.constexpr = (M + 127) // 128
+    N_TILES: gl.constexpr = (N + 255) // 256
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    stage = 0
+    phase = 0
+    n_tiles = E * (M_TILES * N_TILES)
+    for turn in range(rounds(n_tiles)):
+        _, first_row, steps, m, n = weight_tile(turn, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
+        routes = gl.load(row_to_route + (first_row + rows))
+        for step in range(steps):
+            row = first_row + step * 64
+            following = gl.load(row_to_route + (row + 64 + rows))
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            if GATHER_A:
+                mbarrier.expect(full.index(stage), 64 * 256 * 2)
+                tma.async_copy_global_to_shared(b_desc, [row, n * 256], full.index(stage), b_s.index(stage))
+                for half in gl.static_range(2):
+                    column = m * 128 + half * 64
+                    async_copy.async_copy_global_to_shared(
+                        a_s.index(stage * 2 + half),
+                        gathered(source, routes, stride, column, 64, TOP_K, layout),
+                        inside(routes, column, 64, M, layout),
+                    )
+            else:
+                mbarrier.expect(full.index(stage), 64 * 128 * 2)
+                for half in gl.static_range(2):
+                    column = m * 128 + half * 64
+                    tma.async_copy_global_to_shared(
+                        a_desc, [row, column], full.index(stage), a_s.index(stage * 2 + half)
+                    )
+                async_copy.async_copy_global_to_shared(
+                    b_s.index(stage),
+                    gathered(source, routes, stride, n * 256, 256, TOP_K, layout),
+                    inside(routes, n * 256, 256, N, layout),
+                )
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            routes = following
+            stage, phase = next_stage(stage, phase, STAGES)
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+             M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
+    M_TILES: gl.constexpr = (M + 127) // 128
+    N_TILES: gl.constexpr = (N + 255) // 256
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    dtype: gl.constexpr = out_desc.dtype
+    stage = 0
+    phase = 0
+    n_tiles = E * (M_TILES * N_TILES)
+    expert, _, steps, m, n = weight_tile(0, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
+    for turn in range(rounds(n_tiles)):
+        # the next tile's place is loaded while this one is computed
+        following = weight_tile(turn + 1, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
+        acc = gl.zeros([64, 256], gl.float32, layout)
+        acc, stage, phase = accumulate(acc, a_s, b_s, full, empty, stage, phase, steps, which, True, False, True, STAGES)
+        tma.store_wait(0)
+        gl.thread_barrier()
+        if M % 128 == 0 or m * 128 + which * 64 < M:
+            row = expert * M + m * 128 + which * 64
+            first, second, third, fourth = quarters(acc)
+            store_chunk(out_desc, row, n * 256, narrow(first, dtype), staging, which, 0, CHUNKS)
+            store_chunk(out_desc, row, n * 256 + 64, narrow(second, dtype), staging, which, 1, CHUNKS)
+            store_chunk(out_desc, row, n * 256 + 128, narrow(third, dtype), staging, which, 2, CHUNKS)
+            store_chunk(out_desc, row, n * 256 + 192, narrow(fourth, dtype), staging, which, 3, CHUNKS)
+        expert, _, steps, m, n = following
+    tma.store_wait(0)
+
+
+@gluon.jit
+def consumer_0(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+               M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
+    consumer(0, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)
+
+
+@gluon.jit
+def consumer_1(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+               M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
+    consumer(1, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)
+
+
+@gluon.jit
+def moe_weights_bwd_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, stride, E,
+                           M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
+                           STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                           PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+    dtype: gl.constexpr = out_desc.dtype
+    a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], out_desc.layout)
+    b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], out_desc.layout)
+    staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], out_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    init_ring(full, empty, STAGES, True)
+    gl.warp_specialize([
+        (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
+        (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
+        (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
+                    M, N, TOP_K, GATHER_A, STAGES)),
+    ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+
+
+def outer(a, b, layout, top_k, *, gather):
+    """[E, M, N]: for each expert the sum over its rows of a (outer) b; `gather` ("a" or "b") is of tokens, not rows."""
+    height, width = a.shape[1], b.shape[1]
+    out = a.new_empty((layout.experts, height, width))
+    source, rows = (a, b) if gather == "a" else (b, a)
+    block = [64, 256] if gather == "a" else [64, 64]
+    rows_desc = tensor_descriptor(rows, block)
+    with launch.on_device(a):
+        moe_weights_bwd_kernel[(launch.multiprocessors(a),)](
+            rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 64]),
+            layout.row_to_route, layout.by_size, layout.row_offsets, source.stride(0), layout.experts,
+            M=height, N=width, TOP_K=top_k, GATHER_A=gather == "a", **asdict(WEIGHTS), num_warps=4,
+        )  # fmt: skip
+    return out
