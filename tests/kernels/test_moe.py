@@ -97,7 +97,9 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("needs", LAUNCHES, ids=" ".join)
 def test_a_gradient_that_nobody_needs_costs_no_product_and_changes_no_other(needs, monkeypatch):
-    module = importlib.import_module("tilestack.kernels.moe.triton_portable")
+    portable, combining = (
+        importlib.import_module(f"tilestack.kernels.moe.{name}") for name in ("triton_portable", "combine")
+    )
     tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
     upstream = torch.randn(T, H).to(DEVICE)
 
@@ -108,9 +110,14 @@ def test_a_gradient_that_nobody_needs_costs_no_product_and_changes_no_other(need
     leaves, out = forward(("x", "gate_up", "down", "topk_weights"))
     expected = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True))
     leaves, out = forward(needs)
-    names = ("moe_rows_kernel", "moe_weights_bwd_kernel", "moe_swiglu_bwd_kernel", "moe_combine_kernel")
-    counted = [_CountedKernel(getattr(module, name)) for name in names]
-    for name, kernel in zip(names, counted, strict=True):
+    kernels = (
+        (portable, "moe_rows_kernel"),
+        (portable, "moe_weights_bwd_kernel"),
+        (portable, "moe_swiglu_bwd_kernel"),
+        (combining, "moe_combine_kernel"),
+    )
+    counted = [_CountedKernel(getattr(module, name)) for module, name in kernels]
+    for (module, name), kernel in zip(kernels, counted, strict=True):
         monkeypatch.setattr(module, name, kernel)
     found = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True))
     assert tuple(kernel.launches for kernel in counted) == LAUNCHES[needs]

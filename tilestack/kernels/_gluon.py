@@ -101,11 +101,11 @@ def narrow(x, dtype: gl.constexpr):
     """float32 to bfloat16 or float16, one packed conversion a pair: plain casts become one conversion a value."""
     if dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=dtype, is_pure=True, pack=2
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.bfloat16, is_pure=True, pack=2
         )
     else:
         return gl.inline_asm_elementwise(
-            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=dtype, is_pure=True, pack=2
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=gl.float16, is_pure=True, pack=2
         )
 
 

@@ -94,7 +94,10 @@ class Scheduler:
             self._pass_on()
 
     def _pass_on(self, last: int | None = None) -> None:
-        runnable = [number for number, (until, _) in self.ready.items() if until()]
+        try:
+            runnable = [number for number, (until, _) in self.ready.items() if until()]
+        except BaseException as failure:  # a transfer that ends here went wrong; raised again by `run`
+            self.failure, runnable = self.failure or failure, []
         if last in runnable and len(runnable) > 1:
             runnable.remove(last)
         self.turn = self.random.choice(runnable) if runnable else None
@@ -507,8 +510,8 @@ def _either(tensors: Callable, numbers: Callable) -> Callable:
 
 
 def _where(condition: Any, a: Any, b: Any) -> Any:
-    if isinstance(condition, torch.Tensor):
-        return torch.where(condition, torch.as_tensor(a), torch.as_tensor(b))
+    if any(isinstance(each, torch.Tensor) for each in (condition, a, b)):
+        return torch.where(*map(torch.as_tensor, (condition, a, b)))
     return a if condition else b
 
 

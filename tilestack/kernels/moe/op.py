@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
-from tilestack.kernels.dispatch import Op, portable, reference
+from tilestack.kernels.dispatch import Implementation, Op, portable, reference
 from tilestack.kernels.registration import Contract
 from tilestack.kernels.sort_routes.op import check_ids
 
@@ -29,7 +29,15 @@ def _fake(x: torch.Tensor, *_) -> tuple:
 
 
 CONTRACT = Contract("moe", ("x", "gate_up", "down", "topk_ids", "topk_weights?"), ("out",), MoEParams, _fake)
-OP = Op(CONTRACT, (portable("moe"), reference("moe")))
+HOPPER = Implementation(
+    "tilestack",
+    "tilestack.kernels.moe.sm90_gluon",
+    "sm90",
+    min_capability=90,
+    max_capability=90,
+    packages=("triton",),
+)
+OP = Op(CONTRACT, (HOPPER, portable("moe"), reference("moe")))
 
 
 def moe(
@@ -50,7 +58,7 @@ def moe(
         same expert twice for one token counts twice.
     topk_weights: [T, K], float32 (float64 with float64 x); None means 1, which with K = 1 serves rows that other ranks
         dispatched.
-    implementation: "tilestack-triton" or "reference"; None chooses.
+    implementation: "tilestack", "tilestack-triton" or "reference"; None chooses.
 
     Returns out like x. Differentiable in x, gate_up, down and topk_weights. The same input gives the same bits.
     Raises ValueError for wrong shapes, dtypes or devices.

@@ -2,13 +2,15 @@
 
 With a = silu(gate) * up, w the route's weight (1 without weights) and da = down[e]' dout[token], not yet weighted:
 
-    dweight = <da, a>      weighted = w * a, for ddown      dgate = w * da * up * silu'(gate)      dup = w * da * silu(gate)
+    dweight = <da, a>                       weighted = w * a, for ddown
+    dgate = w * da * up * silu'(gate)       dup = w * da * silu(gate)
 
 The element-wise part reads two and writes three values for each of da: as an epilogue of the consumers it would leave
-the tensor cores idle for as long as the product takes. So it has a warpgroup of its own: the consumers round da to its
-dtype into shared memory and go on with the next tile, and the activation's warpgroup works on the one before, chunk by
-chunk of 64 rows by 64 units, the next chunk's gates and ups on their way from memory. `done` and `free` hand each
-consumer's half of the tile back and forth.
+the tensor cores idle for as long as the product takes. So the consumers only round da to its dtype into shared memory
+and go on with the next tile. The loader, whose four warps have little to do between two stages, works on the tile
+before in pieces of 64 rows by 64 units, a piece every SPACING stages; the gates and ups of the next piece are on their
+way meanwhile. `done` and `free` hand each consumer's half of a tile back and forth. (A fourth warpgroup for it would
+leave each thread 128 registers, too few for a consumer's tile.)
 """
 
 from __future__ import annotations
@@ -20,14 +22,15 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor
+from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, tma
 from tilestack.kernels.moe.sm90_configs import ACTIVATION, ROUTES_CHUNK
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
+    gathered,
     init_ring,
+    next_stage,
     pass_by,
     quarters,
-    row_producer,
     row_tile,
     sigmoid,
 )
@@ -98,79 +101,123 @@ def store_chunk(pointer, places, column, value, shift: gl.constexpr, units, I: g
 
 
 @gluon.jit
-def activate(gate, up, weight, da_s, pre_activation, dpre_activation, weighted, own, n, which: gl.constexpr,
-             I: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr,
-             WANT_DWEIGHTS: gl.constexpr, layout: gl.constexpr):  # fmt: skip
-    """One consumer's half of a tile, chunk by chunk; gate and up are the first chunk's. Returns <da, a> of each row."""
-    dtype: gl.constexpr = da_s.dtype
-    units = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+def load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty, first_step, steps,
+         stage, phase, H: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Fill `steps` stages of the current tile; returns where the ring stands."""
+    for step in range(first_step, first_step + steps):
+        mbarrier.wait(empty.index(stage), phase ^ 1)
+        mbarrier.expect(full.index(stage), 256 * 64 * 2)
+        tma.async_copy_global_to_shared(
+            weight_desc, [expert * H + step * 64, n * 256], full.index(stage), b_s.index(stage)
+        )
+        async_copy.async_copy_global_to_shared(a_s.index(stage * 2), rows_0 + step * 64, is_row_0)
+        async_copy.async_copy_global_to_shared(a_s.index(stage * 2 + 1), rows_1 + step * 64, is_row_1)
+        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+        stage, phase = next_stage(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units, I: gl.constexpr,
+             WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+    """One piece: writes what it is the gradient of, returns <da, a> of each row."""
     places = own.to(gl.int64)[:, None] * (2 * I) + units[None, :]
-    weighted_places = own.to(gl.int64)[:, None] * I + units[None, :]
-    dweight = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
-    for chunk in gl.static_range(4):
-        column = n * 256 + chunk * 64
-        da = da_s.index(which * 4 + chunk).load(layout).to(gl.float32)
-        g = gate.to(gl.float32)
-        u = up.to(gl.float32)
-        if chunk < 3:
-            gate, up = load_chunk(pre_activation, places, column + 64, units, I)
-        s = sigmoid(g)
-        silu = g * s
-        a = silu * u
-        if WANT_DWEIGHTS:
-            dweight += gl.sum(da * a, 1)
-        if WANT_WEIGHTED:
-            store_chunk(weighted, weighted_places, column, narrow(a * weight[:, None], dtype), 0, units, I)
-        if WANT_DPRE:
-            da = da * weight[:, None]
-            dgate = da * u * (s + silu * (1.0 - s))
-            store_chunk(dpre_activation, places, column, narrow(dgate, dtype), 0, units, I)
-            store_chunk(dpre_activation, places, column, narrow(da * silu, dtype), I, units, I)
+    s = sigmoid(gate)
+    silu = gate * s
+    a = silu * up
+    dweight = gl.sum(da * a, 1)
+    if WANT_WEIGHTED:
+        weighted_places = own.to(gl.int64)[:, None] * I + units[None, :]
+        store_chunk(weighted, weighted_places, column, narrow(a * weight[:, None], dtype), 0, units, I)
+    if WANT_DPRE:
+        da = da * weight[:, None]
+        dgate = da * up * (s + silu * (1.0 - s))
+        store_chunk(dpre_activation, places, column, narrow(dgate, dtype), 0, units, I)
+        store_chunk(dpre_activation, places, column, narrow(da * silu, dtype), I, units, I)
     return dweight
 
 
 @gluon.jit
-def activation(pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
-               n_blocks, da_s, done, free, n_rows, N_TILES: gl.constexpr, I: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
-               WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr):  # fmt: skip
+def load_and_activate(dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights, row_to_route,
+                      block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free, stride, n_rows,
+                      H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
+                      WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
+                      STAGES: gl.constexpr):  # fmt: skip
+    STEPS: gl.constexpr = H // 64
+    LEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS  # a full ring: the tile before is done, or nearly
+    SPACING: gl.constexpr = (STEPS - LEAD) // 8 if (STEPS - LEAD) // 8 < 3 else 3
+    N_TILES: gl.constexpr = (I + 255) // 256
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    dtype: gl.constexpr = da_s.dtype
+    half = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     units = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    handed_0 = 0
-    handed_1 = 0
-    for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
-        n = t % N_TILES
-        expert, row, has_second = row_tile(t // N_TILES, block_expert, block_row)
-        for which in gl.static_range(2):
-            if has_second >= which:
-                own = row + which * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-                places = own.to(gl.int64)[:, None] * (2 * I) + units[None, :]
-                gate, up = load_chunk(pre_activation, places, n * 256, units, I)
-                weight = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, layout))
-                if HAS_WEIGHTS:
-                    route = gl.load(row_to_route + own)
-                    weight = gl.load(weights + gl.maximum(route, 0), mask=route >= 0, other=0.0)
-                if which == 0:
-                    mbarrier.wait(done.index(0), handed_0 & 1)
-                    handed_0 += 1
-                else:
-                    mbarrier.wait(done.index(1), handed_1 & 1)
-                    handed_1 += 1
-                dweight = activate(
-                    gate, up, weight, da_s, pre_activation, dpre_activation, weighted, own, n, which,
-                    I, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS, layout,
-                )  # fmt: skip
-                mbarrier.arrive(free.index(which), count=1)
-                if WANT_DWEIGHTS:
-                    gl.store(partials + (own.to(gl.int64) + gl.cast(n, gl.int64) * n_rows), dweight)
+    stage = 0
+    phase = 0
+    parity_0 = 0
+    parity_1 = 0
+    before_row = 0  # the tile before: its first row, its column, how many pieces it has
+    before_n = 0
+    pieces = 0
+    before_weight_0 = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    before_weight_1 = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, layout))
+    n_tiles = gl.load(n_blocks) * N_TILES
+    programs = gl.num_programs(0)
+    for t in range(gl.program_id(0), n_tiles + programs, programs):  # one turn more, for the pieces of the last tile
+        is_tile = gl.where(t < n_tiles, 1, 0)
+        place = gl.maximum(gl.minimum(t, n_tiles - 1), 0)
+        n = place % N_TILES
+        expert, row, has_second = row_tile(place // N_TILES, block_expert, block_row)
+        routes_0 = gl.load(row_to_route + (row + half))
+        routes_1 = gl.where(has_second > 0, gl.load(row_to_route + (row + 64 + half)), -1)
+        is_row_0 = (routes_0 >= 0)[:, None]
+        is_row_1 = (routes_1 >= 0)[:, None]
+        rows_0 = gathered(dout, routes_0, stride, 0, 64, TOP_K, layout)
+        rows_1 = gathered(dout, routes_1, stride, 0, 64, TOP_K, layout)
+        places = (before_row + half).to(gl.int64)[:, None] * (2 * I) + units[None, :]
+        gate, up = load_chunk(pre_activation, places, before_n * 256, units, I)
+        dweight = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
+        stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
+                            0, LEAD * is_tile, stage, phase, H, STAGES)  # fmt: skip
+        for piece in range(pieces):
+            stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
+                                LEAD + piece * SPACING, SPACING * is_tile, stage, phase, H, STAGES)  # fmt: skip
+            which = piece // 4
+            chunk = piece % 4
+            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=chunk == 0)
+            g = gate.to(gl.float32)
+            u = up.to(gl.float32)
+            da = da_s.index(piece).load(layout).to(gl.float32)
+            own = before_row + which * 64 + half
+            weight = gl.where(which == 0, before_weight_0, before_weight_1)
+            dots = activate(g, u, da, weight, dpre_activation, weighted, own, before_n * 256 + chunk * 64, units,
+                            I, WANT_DPRE, WANT_WEIGHTED, dtype)  # fmt: skip
+            mbarrier.arrive(free.index(which), count=1, pred=chunk == 3)
+            dweight = gl.where(chunk == 0, dots, dweight + dots)
+            if WANT_DWEIGHTS and chunk == 3:
+                gl.store(partials + (own.to(gl.int64) + gl.cast(before_n, gl.int64) * n_rows), dweight)
+            following = gl.minimum(piece + 1, pieces - 1)
+            places = (before_row + following // 4 * 64 + half).to(gl.int64)[:, None] * (2 * I) + units[None, :]
+            gate, up = load_chunk(pre_activation, places, before_n * 256 + following % 4 * 64, units, I)
+        begun = LEAD + pieces * SPACING
+        stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
+                            begun, (STEPS - begun) * is_tile, stage, phase, H, STAGES)  # fmt: skip
+        parity_0 = gl.where(pieces > 0, parity_0 ^ 1, parity_0)
+        parity_1 = gl.where(pieces > 4, parity_1 ^ 1, parity_1)
+        before_row = row
+        before_n = n
+        pieces = 4 + 4 * has_second
+        if HAS_WEIGHTS:
+            before_weight_0 = gl.load(weights + gl.maximum(routes_0, 0), mask=routes_0 >= 0, other=0.0)
+            before_weight_1 = gl.load(weights + gl.maximum(routes_1, 0), mask=routes_1 >= 0, other=0.0)
+    async_copy.wait_group(0)
 
 
 @gluon.jit
-def moe_activation_bwd_kernel(
+def moe_activation_bwd_sm90_kernel(
     dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
     block_row, n_blocks, stride_dout, n_rows, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr,
     HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
-    ACTIVATION_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     N_TILES: gl.constexpr = (I + 255) // 256
@@ -191,13 +238,11 @@ def moe_activation_bwd_kernel(
                       STEPS, N_TILES, STAGES)),
         (consumer_1, (block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
                       STEPS, N_TILES, STAGES)),
-        (row_producer, (weight_desc, dout, weight_desc, row_to_route, block_expert, block_row, n_blocks,
-                        a_s, b_s, full, empty, stride_dout,
-                        STEPS, N_TILES, H, TOP_K, True, False, False, STAGES)),
-        (activation, (pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
-                      block_row, n_blocks, da_s, done, free, n_rows,
-                      N_TILES, I, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS)),
-    ], [4, 4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS, ACTIVATION_REGISTERS])  # fmt: skip
+        (load_and_activate, (dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights,
+                             row_to_route, block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
+                             stride_dout, n_rows,
+                             H, I, TOP_K, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS, STAGES)),
+    ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
 
 @triton.jit
@@ -225,7 +270,7 @@ def activation_backward(dout, down, pre_activation, weights, layout, top_k, need
     dweights = torch.empty_like(weights) if want_dweights else None
     unused = pre_activation
     with launch.on_device(dout):
-        moe_activation_bwd_kernel[(launch.multiprocessors(dout),)](
+        moe_activation_bwd_sm90_kernel[(launch.multiprocessors(dout),)](
             dout, tensor_descriptor(down.view(experts * hidden, units), [64, 256]), pre_activation,
             *(unused if each is None else each for each in (dpre_activation, weighted, partials, weights)),
             layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, dout.stride(0), n_rows,

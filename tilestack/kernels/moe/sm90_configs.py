@@ -30,16 +30,15 @@ WEIGHTS = Product(4, 2, 224, 56)
 
 @dataclass(frozen=True)
 class Activation:
-    """Constants of the product through the activation: a whole tile of it (64 KiB) is on its way to the warpgroup of
-    the activation, which leaves three stages. The registers of four warpgroups are at most 512 together."""
+    """Constants of the product through the activation: a whole tile (64 KiB) is on its way to the activation, which
+    leaves room for three stages."""
 
     STAGES: int
     CONSUMER_REGISTERS: int
-    PRODUCER_REGISTERS: int
-    ACTIVATION_REGISTERS: int
+    LOADER_REGISTERS: int
 
 
-ACTIVATION = Activation(3, 168, 56, 120)
+ACTIVATION = Activation(3, 168, 168)
 
 LAYOUT_CHUNK = 8  # row blocks that one program of the layout takes: [8, E] integers in its registers
 LAYOUT_WARPS = 4

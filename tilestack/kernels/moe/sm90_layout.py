@@ -90,6 +90,7 @@ class Layout:
         self.max_blocks = routes // BLOCK + min(routes, experts)
         parts = table.split(_lengths(routes, experts))
         self.row_to_route, self.route_to_row, self.row_offsets, self.by_size = parts[:4]
+        self.route_to_row = self.route_to_row[:routes]
         self.block_expert, self.block_row, self.n_blocks = parts[4:]
 
     @staticmethod

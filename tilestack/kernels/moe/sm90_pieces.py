@@ -88,18 +88,19 @@ def row_tile(block, block_expert, block_row):
 @gluon.jit
 def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
                  stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
-                 GATHER: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+                 GATHER: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
+                 STAGES: gl.constexpr):  # fmt: skip
     """Loads the operands of a product over rows, tile after tile: rows of a block (GATHER: of `source`, by token) and a
-    part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them gates, half ups)
-    or its columns n."""
-    gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))
+    part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them gates, half
+    ups) or its columns n."""
     stage = 0
     phase = 0
     for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
         n = t % N_TILES
         expert, row, has_second = row_tile(t // N_TILES, block_expert, block_row)
         if GATHER:
+            gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+            half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))
             routes_0 = gl.load(row_to_route + (row + half))
             routes_1 = gl.where(has_second > 0, gl.load(row_to_route + (row + 64 + half)), -1)
             is_row_0 = (routes_0 >= 0)[:, None]

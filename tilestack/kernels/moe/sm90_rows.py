@@ -97,9 +97,10 @@ def consumer_1(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s,
 
 
 @gluon.jit
-def moe_up_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, block_expert, block_row, n_blocks, stride_x,
-                  H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
-                  CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, block_expert, block_row, n_blocks,
+                       stride_x, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
+                       CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                       PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     N_TILES: gl.constexpr = (I + 127) // 128
     dtype: gl.constexpr = pre_desc.dtype
@@ -122,10 +123,10 @@ def moe_up_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, block_
 
 
 @gluon.jit
-def moe_rows_kernel(rows_desc, weight_desc, out_desc, block_expert, block_row, n_blocks,
-                    DEPTH: gl.constexpr, WIDTH: gl.constexpr, EXPERT_ROWS: gl.constexpr, TRANSPOSED: gl.constexpr,
-                    STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-                    PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_row, n_blocks,
+                         DEPTH: gl.constexpr, WIDTH: gl.constexpr, EXPERT_ROWS: gl.constexpr, TRANSPOSED: gl.constexpr,
+                         STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                         PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = DEPTH // 64
     N_TILES: gl.constexpr = (WIDTH + 255) // 256
     dtype: gl.constexpr = out_desc.dtype
@@ -155,7 +156,7 @@ def up(x, gate_up, layout, top_k):
     units = width // 2
     pre_activation, activated = x.new_empty((layout.rows, width)), x.new_empty((layout.rows, units))
     with launch.on_device(x):
-        moe_up_kernel[(launch.multiprocessors(x),)](
+        moe_up_sm90_kernel[(launch.multiprocessors(x),)](
             x, tensor_descriptor(gate_up.view(experts * width, hidden), [128, 64]),
             tensor_descriptor(pre_activation, [64, 64]), tensor_descriptor(activated, [64, 64]),
             layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, x.stride(0),
@@ -170,7 +171,7 @@ def multiply(rows, weight, layout, *, transposed):
     depth, columns = (width, height) if transposed else (height, width)
     out = rows.new_empty((layout.rows, columns))
     with launch.on_device(rows):
-        moe_rows_kernel[(launch.multiprocessors(rows),)](
+        moe_rows_sm90_kernel[(launch.multiprocessors(rows),)](
             tensor_descriptor(rows, [64, 64]),
             tensor_descriptor(weight.view(experts * height, width), [256, 64] if transposed else [64, 256]),
             tensor_descriptor(out, [64, 64]), layout.block_expert, layout.block_row, layout.n_blocks,

@@ -49,9 +49,9 @@ def weight_tile(turn, n_tiles, by_size, row_offsets, M_TILES: gl.constexpr, N_TI
 
 
 @gluon.jit
-def inside(routes, first_column, WIDTH: gl.constexpr, LIMIT: gl.constexpr, layout: gl.constexpr):
-    """Which of WIDTH columns of the rows of `routes` exist."""
-    if LIMIT % WIDTH == 0:
+def inside(routes, first_column, WIDTH: gl.constexpr, TILE: gl.constexpr, LIMIT: gl.constexpr, layout: gl.constexpr):
+    """Which of WIDTH columns, part of a TILE, exist of the rows of `routes`."""
+    if LIMIT % TILE == 0:
         return (routes >= 0)[:, None]
     else:
         columns = first_column + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
@@ -60,7 +60,8 @@ def inside(routes, first_column, WIDTH: gl.constexpr, LIMIT: gl.constexpr, layou
 
 @gluon.jit
 def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
-             M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+             M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
+             STAGES: gl.constexpr):  # fmt: skip
     M_TILES: gl.constexpr = (M + 127) // 128
     N_TILES: gl.constexpr = (N + 255) // 256
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
@@ -83,7 +84,7 @@ def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_
                     async_copy.async_copy_global_to_shared(
                         a_s.index(stage * 2 + half),
                         gathered(source, routes, stride, column, 64, TOP_K, layout),
-                        inside(routes, column, 64, M, layout),
+                        inside(routes, column, 64, 128, M, layout),
                     )
             else:
                 mbarrier.expect(full.index(stage), 64 * 128 * 2)
@@ -95,7 +96,7 @@ def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_
                 async_copy.async_copy_global_to_shared(
                     b_s.index(stage),
                     gathered(source, routes, stride, n * 256, 256, TOP_K, layout),
-                    inside(routes, n * 256, 256, N, layout),
+                    inside(routes, n * 256, 256, 256, N, layout),
                 )
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             routes = following
@@ -118,7 +119,9 @@ def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, stag
         # the next tile's place is loaded while this one is computed
         following = weight_tile(turn + 1, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
         acc = gl.zeros([64, 256], gl.float32, layout)
-        acc, stage, phase = accumulate(acc, a_s, b_s, full, empty, stage, phase, steps, which, True, False, True, STAGES)
+        acc, stage, phase = accumulate(
+            acc, a_s, b_s, full, empty, stage, phase, steps, which, True, False, True, STAGES
+        )
         tma.store_wait(0)
         gl.thread_barrier()
         if M % 128 == 0 or m * 128 + which * 64 < M:
@@ -145,10 +148,10 @@ def consumer_1(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E
 
 
 @gluon.jit
-def moe_weights_bwd_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, stride, E,
-                           M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
-                           STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-                           PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, stride, E,
+                                M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
+                                STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                                PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = out_desc.dtype
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], out_desc.layout)
     b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], out_desc.layout)
@@ -172,7 +175,7 @@ def outer(a, b, layout, top_k, *, gather):
     block = [64, 256] if gather == "a" else [64, 64]
     rows_desc = tensor_descriptor(rows, block)
     with launch.on_device(a):
-        moe_weights_bwd_kernel[(launch.multiprocessors(a),)](
+        moe_weights_bwd_sm90_kernel[(launch.multiprocessors(a),)](
             rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 64]),
             layout.row_to_route, layout.by_size, layout.row_offsets, source.stride(0), layout.experts,
             M=height, N=width, TOP_K=top_k, GATHER_A=gather == "a", **asdict(WEIGHTS), num_warps=4,

@@ -13,8 +13,8 @@ import triton.language as tl
 from tilestack.kernels import launch
 from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Call
+from tilestack.kernels.moe.combine import combine
 from tilestack.kernels.moe.configs import (
-    BLOCK_HIDDEN,
     BLOCK_UNITS,
     MAX_TOP_K,
     ROW_BLOCKS_CHUNK,
@@ -191,26 +191,6 @@ def moe_weights_bwd_kernel(
 
 
 @triton.jit
-def moe_combine_kernel(
-    rows_ptr, weights_ptr, route_to_sorted_ptr, out_ptr, H,
-    TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, HAS_WEIGHTS: tl.constexpr,
-):  # fmt: skip
-    # out[t] = sum over k of weights[t, k] * rows[sorted position of route t * K + k], in the order of k
-    token = tl.program_id(0)
-    offs = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    acc = tl.zeros([BLOCK_H], tl.float32)
-    for k in tl.static_range(TOP_K):
-        route = token * TOP_K + k
-        row = tl.load(route_to_sorted_ptr + route)
-        ptrs = rows_ptr + row.to(tl.int64) * H + offs
-        value = tl.load(ptrs, mask=(offs < H) & (row >= 0), other=0.0).to(tl.float32)
-        if HAS_WEIGHTS:
-            value *= tl.load(weights_ptr + route)
-        acc += value
-    tl.store(out_ptr + token.to(tl.int64) * H + offs, acc.to(out_ptr.dtype.element_ty), mask=offs < H)
-
-
-@triton.jit
 def moe_swiglu_bwd_kernel(
     pre_activation_ptr, dactivated_ptr, weights_ptr, sorted_to_route_ptr, expert_offsets_ptr,
     dpre_activation_ptr, weighted_ptr, dweights_ptr, E, I, BLOCK_I: tl.constexpr,
@@ -306,18 +286,6 @@ class _Grouped:
             )  # fmt: skip
         return out
 
-    def combine(self, rows: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """[T, H]: the sum over each token's rows, weighted or not."""
-        hidden = rows.shape[1]
-        out = rows.new_empty((self.tokens, hidden))
-        block = min(BLOCK_HIDDEN, launch.next_power_of_2(hidden))
-        with launch.on_device(rows):
-            moe_combine_kernel[(self.tokens, launch.cdiv(hidden, block))](
-                rows, rows if weights is None else weights.contiguous(), self.route_to_sorted, out, hidden,
-                TOP_K=self.top_k, BLOCK_H=block, HAS_WEIGHTS=weights is not None, num_warps=ROW_WARPS,
-            )  # fmt: skip
-        return out
-
     def swiglu_backward(
         self,
         pre_activation: torch.Tensor,
@@ -369,7 +337,7 @@ def forward(x, gate_up, down, topk_ids, topk_weights, params):
     grouped = _Grouped(x, experts, sorted_routes)
     pre_activation, activated = grouped.up(x, gate_up)
     answers = grouped.multiply(activated, down.mT)
-    return grouped.combine(answers, topk_weights), pre_activation, *sorted_routes
+    return combine(answers, topk_weights, grouped.route_to_sorted, grouped.top_k), pre_activation, *sorted_routes
 
 
 def backward(dout, x, gate_up, down, topk_weights, pre_activation, *sorted_routes, needs, params):
@@ -387,5 +355,6 @@ def backward(dout, x, gate_up, down, topk_weights, pre_activation, *sorted_route
     if "gate_up" in needs:
         found["gate_up"] = grouped.outer(dpre_activation, x, gather="b")
     if "x" in needs:
-        found["x"] = grouped.combine(grouped.multiply(dpre_activation, gate_up), None)
+        answers = grouped.multiply(dpre_activation, gate_up)
+        found["x"] = combine(answers, None, grouped.route_to_sorted, grouped.top_k)
     return tuple(found[name] for name in needs)
