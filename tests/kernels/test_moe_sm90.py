@@ -40,7 +40,7 @@ def partly_elsewhere(tokens, top_k, experts, generator):
 
 CASES = {  # T, H, I, E, K, routing, weights
     "balanced": (150, 256, 256, 3, 2, balanced, True),
-    "skewed, more tiles than programs, more steps than stages": (400, 320, 128, 5, 2, skewed, True),
+    "skewed, more tiles than programs, more steps than stages": (300, 320, 128, 5, 2, skewed, True),
     "one expert takes all, the others are empty": (200, 128, 128, 4, 1, one_takes_all, True),
     "one route a token, no weights, 77 tokens": (77, 64, 64, 3, 1, balanced, False),
     "ids of other ranks, H and I of partial tiles": (90, 192, 192, 4, 3, partly_elsewhere, True),
@@ -66,14 +66,15 @@ def make(case, dtype):
 
 
 def run_hopper(tensors, dout, emulator, monkeypatch, needs):
-    """Out and gradients of the emulated kernels, with 3 programs in place of a GPU's multiprocessors."""
-    for module, name in KERNELS:
-        monkeypatch.setattr(module, name, emulator.launcher(getattr(module, name)))
-    monkeypatch.setattr("tilestack.kernels.launch.multiprocessors", lambda tensor: 3)
-    x, gate_up, down, topk_ids, topk_weights = tensors
-    out, *auxiliary = sm90_gluon.forward(*tensors, MoEParams())
-    saved = (x, gate_up, down, topk_ids, topk_weights, *auxiliary)
-    gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=MoEParams())
+    """Out and gradients of the emulated kernels, with 2 programs in place of a GPU's multiprocessors."""
+    with monkeypatch.context() as patch:
+        for module, name in KERNELS:
+            patch.setattr(module, name, emulator.launcher(getattr(module, name)))
+        patch.setattr("tilestack.kernels.launch.multiprocessors", lambda tensor: 2)
+        x, gate_up, down, topk_ids, topk_weights = tensors
+        out, *auxiliary = sm90_gluon.forward(*tensors, MoEParams())
+        saved = (x, gate_up, down, topk_ids, topk_weights, *auxiliary)
+        gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=MoEParams())
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
 
@@ -102,3 +103,122 @@ def test_emulated_hopper_kernels_are_within_twice_the_error_of_eager(name, monke
 
 def test_emulated_hopper_kernels_take_float16(monkeypatch):
     check(CASES["ids of other ranks, H and I of partial tiles"], Emulator(), monkeypatch, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "needs", [("x",), ("gate_up",), ("down",), ("topk_weights",), ("x", "topk_weights")], ids=" ".join
+)
+def test_a_gradient_that_nobody_needs_changes_no_other(needs, monkeypatch):
+    check(CASES["one expert takes all, the others are empty"], Emulator(), monkeypatch, needs=needs)
+
+
+def test_an_empty_batch_and_routes_without_an_expert_give_zeros(monkeypatch):
+    for tokens in (0, 5):
+        case = (tokens, 64, 64, 3, 2, lambda tokens, top_k, *_: torch.full((tokens, top_k), 7), True)
+        check(case, Emulator(), monkeypatch)
+
+
+def test_x_may_be_a_slice_at_any_address(monkeypatch):
+    tensors, dout = make((20, 64, 64, 3, 2, balanced, True), torch.bfloat16)
+    expected = run_hopper(tensors, dout, Emulator(), monkeypatch, NEEDS)
+    for width, begin in ((65, 1), (128, 32)):
+        wide = torch.full((20, width), float("nan"), dtype=torch.bfloat16)
+        wide[:, begin : begin + 64] = tensors[0]
+        found = run_hopper([wide[:, begin : begin + 64], *tensors[1:]], dout, Emulator(), monkeypatch, NEEDS)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+PIECES, ROWS, ACTIVATION, WEIGHTS = "sm90_pieces", "sm90_rows", "sm90_activation", "sm90_weights"
+PLANTED = {  # the module, lines of its source, and what they become
+    "operands are read before they have come": (
+        PIECES,
+        "        mbarrier.wait(full.index(stage), phase)\n        if",
+        "        if",
+    ),
+    "a stage is released before its product has run": (
+        PIECES,
+        "mbarrier.arrive(empty.index((stage + (STAGES - 1)) % STAGES), count=1, pred=step > 0)",
+        "mbarrier.arrive(empty.index(stage), count=1, pred=step + 1 < steps)",
+    ),
+    "the last stage of a tile is never released": (
+        PIECES,
+        "    mbarrier.arrive(empty.index((stage + (STAGES - 1)) % STAGES), count=1, pred=steps > 0)\n",
+        "",
+    ),
+    "a consumer without rows leaves its stages": (
+        PIECES,
+        "        mbarrier.arrive(empty.index(stage), count=1)\n        stage, phase",
+        "        stage, phase",
+    ),
+    "the loader does not wait for a free stage": (
+        PIECES,
+        "            mbarrier.wait(empty.index(stage), phase ^ 1)\n",
+        "",
+    ),
+    "the bytes of half a tile are expected": (PIECES, "(256 + 128) * 64 * 2", "(256 + 64) * 64 * 2"),
+    "a chunk is overwritten before it has left": (
+        PIECES,
+        "        tma.store_wait(CHUNKS - 1)\n",
+        "",
+    ),
+    "the tile before has not left": (ROWS, "            tma.store_wait(0)\n            gl.thread_barrier()\n", ""),
+    "the activation does not wait for the product": (
+        ACTIVATION,
+        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 8 == 0)",
+        "pass",
+    ),
+    "the product does not wait for the activation": (
+        ACTIVATION,
+        "            mbarrier.wait(free.index(which), (handed & 1) ^ 1)\n",
+        "",
+    ),
+    "the activation gives its tile back too early": (ACTIVATION, "pred=piece % 8 == 7", "pred=piece % 8 == 0"),
+    "the activation never gives its tile back": (
+        ACTIVATION,
+        "            mbarrier.arrive(free.index(which), count=1, pred=piece % 8 == 7)\n",
+        "",
+    ),
+    "routing weights of the wrong tile": (ACTIVATION, "(turn ^ 1) * 4", "turn * 4"),
+    "gathered rows are not waited for": (
+        WEIGHTS,
+        "            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",
+        "            mbarrier.arrive(full.index(stage), count=128)\n",
+    ),
+    "the weights' tile before has not left": (WEIGHTS, "        tma.store_wait(0)\n        gl.thread_barrier()\n", ""),
+}
+MODULES = {"sm90_rows": sm90_rows, "sm90_activation": sm90_activation, "sm90_weights": sm90_weights}
+
+
+def load_planted(name, text, folder, monkeypatch):
+    path = folder / f"{name}.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(f"planted_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_the_emulator_catches_a_planted_bug(bug, tmp_path, monkeypatch):
+    where, right, wrong = PLANTED[bug]
+    folder = Path(sm90_gluon.__file__).parent
+    source = (folder / f"{where}.py").read_text()
+    assert source.count(right) == 1, "the planted bug no longer fits the kernel"
+    planted = load_planted(where, source.replace(right, wrong), tmp_path, monkeypatch)
+    modules = dict(MODULES)
+    if where == PIECES:
+        for name in MODULES:
+            text = (folder / f"{name}.py").read_text().replace("tilestack.kernels.moe.sm90_pieces", planted.__name__)
+            modules[name] = load_planted(name, text, tmp_path, monkeypatch)
+    else:
+        modules[where] = planted
+    for module in modules.values():
+        for function in ("up", "multiply", "activation_backward", "outer"):
+            if hasattr(module, function):
+                monkeypatch.setattr(sm90_gluon, function, getattr(module, function))
+    kernels = tuple((modules[module.__name__.rsplit(".", 1)[1]], name) for module, name in KERNELS)
+    monkeypatch.setattr(sys.modules[__name__], "KERNELS", kernels)
+    with pytest.raises(AssertionError):  # DeadlockError and ProtocolError are assertions too
+        check((300, 128, 320, 1, 1, balanced, True), Emulator(), monkeypatch)  # a tile's steps all fit into the ring
+        check((200, 384, 320, 2, 1, skewed, True), Emulator(), monkeypatch)  # more steps than stages, several tiles

@@ -5,6 +5,7 @@ then the others go as far as they can. What the hardware may do late is late her
 
 * TMA loads and cp.async fill their buffer with NaN when issued, and with data only when somebody waits at their
   mbarrier;
+* who reads a buffer into registers does so after the others have gone as far as they can;
 * wgmma runs only at its wait, after every other partition has gone as far as it can: who releases a buffer too early is
   overtaken;
 * TMA stores and reductions read their buffer as late as their wait allows;
@@ -160,20 +161,21 @@ class Mbarriers:
 class Shared:
     """A buffer in shared memory, or a view of one."""
 
-    def __init__(self, data: torch.Tensor):
+    def __init__(self, data: torch.Tensor, scheduler: Scheduler):
         self.data = data
+        self.scheduler = scheduler
         self.dtype = data.dtype
         self.shape = list(data.shape)
         self.type = SimpleNamespace(shape=self.shape)
 
     def index(self, i: Any) -> Shared:
-        return Shared(self.data[int(i)])
+        return Shared(self.data[int(i)], self.scheduler)
 
     def slice(self, start: Any, length: int, dim: int = 0) -> Shared:
-        return Shared(self.data.narrow(dim, int(start), length))
+        return Shared(self.data.narrow(dim, int(start), length), self.scheduler)
 
     def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.data.permute(order))
+        return Shared(self.data.permute(order), self.scheduler)
 
     def store(self, value: torch.Tensor) -> None:
         if value.dtype != self.dtype:
@@ -181,11 +183,12 @@ class Shared:
         self.data.copy_(value)
 
     def load(self, layout: Any = None) -> torch.Tensor:
+        self.scheduler.wait(lambda: True, "its load", others_first=True)
         return self.data.clone()
 
     def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any = None) -> Shared:
         count = torch.Size(shape).numel()
-        return Shared(self.data.reshape(-1).view(dtype)[:count].view(shape))
+        return Shared(self.data.reshape(-1).view(dtype)[:count].view(shape), self.scheduler)
 
     _reinterpret = reinterpret
 
@@ -456,10 +459,11 @@ class Emulator:
             barriers = Mbarriers(shape[0], self.scheduler)
             self.mbarriers += barriers.items
             return barriers
-        return Shared(torch.full(shape, float("nan"), dtype=dtype))
+        return Shared(torch.full(shape, float("nan"), dtype=dtype), self.scheduler)
 
     def _language(self) -> SimpleNamespace:
-        layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout", "NVMMASharedLayout")
+        layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout",
+                   "NVMMASharedLayout", "SwizzledSharedLayout")  # fmt: skip
         return SimpleNamespace(
             **{name: lambda *_, **__: None for name in layouts},
             **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64", "int1")

@@ -8,7 +8,7 @@ With a = silu(gate) * up, w the route's weight (1 without weights) and da = down
 The element-wise part reads two and writes three values for each of da: as an epilogue of the consumers it would leave
 the tensor cores idle for as long as the product takes. So the consumers only round da to its dtype into shared memory
 and go on with the next tile. The loader, whose four warps have little to do between two stages, works on the tile
-before in pieces of 64 rows by 64 units, a piece every SPACING stages; the gates and ups of the next piece are on their
+before in pieces of 32 rows by 64 units, a piece every SPACING stages; the gates and ups of the next piece are on their
 way meanwhile. `done` and `free` hand each consumer's half of a tile back and forth. (A fourth warpgroup for it would
 leave each thread 128 registers, too few for a consumer's tile.)
 """
@@ -81,23 +81,25 @@ def consumer_1(block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, d
 
 
 @gluon.jit
-def load_chunk(pre_activation, places, column, units, I: gl.constexpr):
-    """Gates and ups of 64 units of 64 rows; zeros behind the last unit."""
+def load_chunk(pre_activation, own, column, units, I: gl.constexpr):
+    """Gates and ups of 64 units of the rows `own`; zeros behind the last unit."""
+    places = own.to(gl.int64)[:, None] * (2 * I) + (units + column)[None, :]
     if I % 256 == 0:
-        return gl.load(pre_activation + (places + column)), gl.load(pre_activation + (places + (column + I)))
+        return gl.load(pre_activation + places), gl.load(pre_activation + (places + I))
     else:
         inside = (units + column < I)[None, :]
-        gate = gl.load(pre_activation + (places + column), mask=inside, other=0.0)
-        return gate, gl.load(pre_activation + (places + (column + I)), mask=inside, other=0.0)
+        gate = gl.load(pre_activation + places, mask=inside, other=0.0)
+        return gate, gl.load(pre_activation + (places + I), mask=inside, other=0.0)
 
 
 @gluon.jit
-def store_chunk(pointer, places, column, value, shift: gl.constexpr, units, I: gl.constexpr):
-    """Write 64 units of 64 rows, `shift` columns further; nothing behind the last unit."""
+def store_chunk(pointer, own, stride: gl.constexpr, shift: gl.constexpr, column, value, units, I: gl.constexpr):
+    """Write 64 units of the rows `own`, `shift` columns to the right; nothing behind the last unit."""
+    places = own.to(gl.int64)[:, None] * stride + (units + (column + shift))[None, :]
     if I % 256 == 0:
-        gl.store(pointer + (places + (column + shift)), value)
+        gl.store(pointer + places, value)
     else:
-        gl.store(pointer + (places + (column + shift)), value, mask=(units + column < I)[None, :])
+        gl.store(pointer + places, value, mask=(units + column < I)[None, :])
 
 
 @gluon.jit
@@ -121,45 +123,46 @@ def load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, 
 def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units, I: gl.constexpr,
              WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """One piece: writes what it is the gradient of, returns <da, a> of each row."""
-    places = own.to(gl.int64)[:, None] * (2 * I) + units[None, :]
+    gate = gate.to(gl.float32)
+    up = up.to(gl.float32)
     s = sigmoid(gate)
     silu = gate * s
     a = silu * up
     dweight = gl.sum(da * a, 1)
     if WANT_WEIGHTED:
-        weighted_places = own.to(gl.int64)[:, None] * I + units[None, :]
-        store_chunk(weighted, weighted_places, column, narrow(a * weight[:, None], dtype), 0, units, I)
+        store_chunk(weighted, own, I, 0, column, narrow(a * weight[:, None], dtype), units, I)
     if WANT_DPRE:
         da = da * weight[:, None]
         dgate = da * up * (s + silu * (1.0 - s))
-        store_chunk(dpre_activation, places, column, narrow(dgate, dtype), 0, units, I)
-        store_chunk(dpre_activation, places, column, narrow(da * silu, dtype), I, units, I)
+        store_chunk(dpre_activation, own, 2 * I, 0, column, narrow(dgate, dtype), units, I)
+        store_chunk(dpre_activation, own, 2 * I, I, column, narrow(da * silu, dtype), units, I)
     return dweight
 
 
 @gluon.jit
 def load_and_activate(dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights, row_to_route,
-                      block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free, stride, n_rows,
+                      block_expert, block_row, n_blocks, a_s, b_s, da_s, weight_s, weight_quarters_s, full, empty,
+                      done, free, stride, n_rows,
                       H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
                       WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
                       STAGES: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     LEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS  # a full ring: the tile before is done, or nearly
-    SPACING: gl.constexpr = (STEPS - LEAD) // 8 if (STEPS - LEAD) // 8 < 3 else 3
+    SPACING: gl.constexpr = (STEPS - LEAD) // 16
     N_TILES: gl.constexpr = (I + 255) // 256
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     dtype: gl.constexpr = da_s.dtype
     half = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
     units = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
     stage = 0
     phase = 0
     parity_0 = 0
     parity_1 = 0
+    turn = 0
     before_row = 0  # the tile before: its first row, its column, how many pieces it has
     before_n = 0
     pieces = 0
-    before_weight_0 = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, layout))
-    before_weight_1 = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, layout))
     n_tiles = gl.load(n_blocks) * N_TILES
     programs = gl.num_programs(0)
     for t in range(gl.program_id(0), n_tiles + programs, programs):  # one turn more, for the pieces of the last tile
@@ -173,42 +176,44 @@ def load_and_activate(dout, weight_desc, pre_activation, dpre_activation, weight
         is_row_1 = (routes_1 >= 0)[:, None]
         rows_0 = gathered(dout, routes_0, stride, 0, 64, TOP_K, layout)
         rows_1 = gathered(dout, routes_1, stride, 0, 64, TOP_K, layout)
-        places = (before_row + half).to(gl.int64)[:, None] * (2 * I) + units[None, :]
-        gate, up = load_chunk(pre_activation, places, before_n * 256, units, I)
-        dweight = gl.zeros([64], gl.float32, gl.SliceLayout(1, layout))
+        if HAS_WEIGHTS:
+            weight_0 = gl.load(weights + gl.maximum(routes_0, 0), mask=routes_0 >= 0, other=0.0)
+            weight_1 = gl.load(weights + gl.maximum(routes_1, 0), mask=routes_1 >= 0, other=0.0)
+            weight_s.index(turn * 2).store(weight_0)
+            weight_s.index(turn * 2 + 1).store(weight_1)
+        gate, up = load_chunk(pre_activation, before_row + rows, before_n * 256, units, I)
+        dweight = gl.zeros([32], gl.float32, gl.SliceLayout(1, layout))
         stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
                             0, LEAD * is_tile, stage, phase, H, STAGES)  # fmt: skip
         for piece in range(pieces):
             stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
                                 LEAD + piece * SPACING, SPACING * is_tile, stage, phase, H, STAGES)  # fmt: skip
-            which = piece // 4
+            which = piece // 8  # 16 pieces: consumers, their halves, 64 units each
             chunk = piece % 4
-            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=chunk == 0)
-            g = gate.to(gl.float32)
-            u = up.to(gl.float32)
-            da = da_s.index(piece).load(layout).to(gl.float32)
-            own = before_row + which * 64 + half
-            weight = gl.where(which == 0, before_weight_0, before_weight_1)
-            dots = activate(g, u, da, weight, dpre_activation, weighted, own, before_n * 256 + chunk * 64, units,
+            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 8 == 0)
+            da = da_s.index((which * 4 + chunk) * 2 + (piece // 4) % 2).load(layout).to(gl.float32)
+            own = before_row + piece // 4 * 32 + rows
+            weight = gl.full([32], 1.0, gl.float32, gl.SliceLayout(1, layout))
+            if HAS_WEIGHTS:
+                weight = weight_quarters_s.index((turn ^ 1) * 4 + piece // 4).load(gl.SliceLayout(1, layout))
+            dots = activate(gate, up, da, weight, dpre_activation, weighted, own, before_n * 256 + chunk * 64, units,
                             I, WANT_DPRE, WANT_WEIGHTED, dtype)  # fmt: skip
-            mbarrier.arrive(free.index(which), count=1, pred=chunk == 3)
+            mbarrier.arrive(free.index(which), count=1, pred=piece % 8 == 7)
             dweight = gl.where(chunk == 0, dots, dweight + dots)
             if WANT_DWEIGHTS and chunk == 3:
                 gl.store(partials + (own.to(gl.int64) + gl.cast(before_n, gl.int64) * n_rows), dweight)
             following = gl.minimum(piece + 1, pieces - 1)
-            places = (before_row + following // 4 * 64 + half).to(gl.int64)[:, None] * (2 * I) + units[None, :]
-            gate, up = load_chunk(pre_activation, places, before_n * 256 + following % 4 * 64, units, I)
+            own = before_row + following // 4 * 32 + rows
+            gate, up = load_chunk(pre_activation, own, before_n * 256 + following % 4 * 64, units, I)
         begun = LEAD + pieces * SPACING
         stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
                             begun, (STEPS - begun) * is_tile, stage, phase, H, STAGES)  # fmt: skip
         parity_0 = gl.where(pieces > 0, parity_0 ^ 1, parity_0)
-        parity_1 = gl.where(pieces > 4, parity_1 ^ 1, parity_1)
+        parity_1 = gl.where(pieces > 8, parity_1 ^ 1, parity_1)
+        turn = turn ^ 1
         before_row = row
         before_n = n
-        pieces = 4 + 4 * has_second
-        if HAS_WEIGHTS:
-            before_weight_0 = gl.load(weights + gl.maximum(routes_0, 0), mask=routes_0 >= 0, other=0.0)
-            before_weight_1 = gl.load(weights + gl.maximum(routes_1, 0), mask=routes_1 >= 0, other=0.0)
+        pieces = 8 + 8 * has_second
     async_copy.wait_group(0)
 
 
@@ -225,6 +230,10 @@ def moe_activation_bwd_sm90_kernel(
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], weight_desc.layout)
     b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], weight_desc.layout)
     da_s = gl.allocate_shared_memory(dtype, [8, 64, 64], weight_desc.layout)
+    piece_s = da_s._reinterpret(dtype, [16, 32, 64], weight_desc.layout)
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    weight_s = gl.allocate_shared_memory(gl.float32, [4, 64], plain)  # of this tile's rows and of those before
+    weight_quarters_s = weight_s._reinterpret(gl.float32, [8, 32], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -239,8 +248,8 @@ def moe_activation_bwd_sm90_kernel(
         (consumer_1, (block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
                       STEPS, N_TILES, STAGES)),
         (load_and_activate, (dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights,
-                             row_to_route, block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
-                             stride_dout, n_rows,
+                             row_to_route, block_expert, block_row, n_blocks, a_s, b_s, piece_s, weight_s,
+                             weight_quarters_s, full, empty, done, free, stride_dout, n_rows,
                              H, I, TOP_K, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS, STAGES)),
     ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
 
