@@ -15,6 +15,7 @@ from tilestack.kernels._gluon import (
     gluon,
     mbarrier,
     reciprocal,
+    thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
@@ -167,11 +168,11 @@ def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: g
     The ring is empty when a tile begins (tma.store_wait(0))."""
     if index >= CHUNKS:
         tma.store_wait(CHUNKS - 1)
-        gl.thread_barrier()
+        thread_barrier()
     buffer = staging.index(which * CHUNKS + index % CHUNKS)
     buffer.store(chunk)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     tma.async_copy_shared_to_global(desc, [row, column], buffer)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, tma
+from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import ROWS, UP
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
@@ -61,7 +61,7 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_
                 acc, a_s, b_s, full, empty, stage, phase, STEPS, which, False, TRANSPOSED, ACTIVATE, STAGES
             )
             tma.store_wait(0)
-            gl.thread_barrier()
+            thread_barrier()
             own = row + which * 64
             first, second, third, fourth = quarters(acc)
             if ACTIVATE:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, tma
+from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import WEIGHTS
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
@@ -123,7 +123,7 @@ def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, stag
             acc, a_s, b_s, full, empty, stage, phase, steps, which, True, False, True, STAGES
         )
         tma.store_wait(0)
-        gl.thread_barrier()
+        thread_barrier()
         if M % 128 == 0 or m * 128 + which * 64 < M:
             row = expert * M + m * 128 + which * 64
             first, second, third, fourth = quarters(acc)
