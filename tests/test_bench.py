@@ -100,8 +100,12 @@ def test_an_implementation_that_kills_its_process_twice_is_not_tried_again():
 
 
 def test_jobs_side_by_side_give_their_results_in_order():
-    found = list(isolated.side_by_side([Job("a", "one"), Job("b", "die"), Job("c", "two")], act, patience_s=60))
-    assert [result for _, result in found[::2]] == [["one"], ["two"]]
+    groups = [[Job("a", "one"), Job("a", "two")], [Job("b", "die"), Job("b", "late")], [Job("c", "three")]]
+    found = list(isolated.side_by_side(groups, act, patience_s=60))
+    assert [job for job, _ in found] == [job for group in groups for job in group]
+    results = [result for _, result in found]
+    assert results[:2] == [["one"], ["two"]] and results[4] == ["three"]
+    assert "exit code 7" in results[2] and "ended before" in results[3]
 
 
 def _run_of_attention():

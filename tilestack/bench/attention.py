@@ -1,12 +1,15 @@
 """`tilestack bench attention`: forward and backward of every implementation over sequence lengths, in one run.
 
 Each rival is called by its own function, so that our adapters cost it nothing. The backward is timed alone, on a graph
-that is kept. Host time is that of forward and backward of a tiny shape; cold is the first forward and backward of a new
-process with empty caches of compiled kernels, warm the same again in a second process.
+that is kept. Host time is that of forward and backward of a tiny shape. Cold is the first forward and backward of a new
+process without any compiled kernel on the disk, warm the same again in a second process. Then all other kernels are
+compiled, side by side, before anything is timed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import gc
 import os
@@ -28,17 +31,17 @@ from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Call, TensorSpec
 
 LEFT_OUT = ("reference", "sdpa-efficient")  # quadratic memory; the slowest of torch's, without grouped heads
+COMPILED = ("tilestack", "tilestack-triton", "flash-attn-4")  # what compiles at its first call
 BUDGET_MS = 80.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """kind: "speed", "host" or "first". cache: the folder of compiled kernels that "first" may use."""
+    """kind: "speed", "host" or "first"."""
 
     case: AttentionCase
     implementation: str
     kind: str = "speed"
-    cache: str | None = None
 
 
 def takers(case: AttentionCase) -> list[str]:
@@ -152,9 +155,6 @@ def _host(job: Job) -> list[Row]:
 
 
 def _first(job: Job) -> list[Row]:
-    os.environ["TRITON_CACHE_DIR"] = job.cache
-    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # flash-attn-4 reads both when it is imported
-    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"] = job.cache
     call = _forward_and_backward(job)
     torch.cuda.synchronize()
     started = time.perf_counter()
@@ -169,15 +169,49 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-def first_calls() -> Iterator[Row]:
-    """Rows of the cold and then the warm first call of everything that takes COLD; all of them compile at once."""
+@contextlib.contextmanager
+def _no_compiled_kernels() -> Iterator[None]:
+    """The caches on the disk in an empty folder, for this process's children."""
     with tempfile.TemporaryDirectory() as folder:
-        jobs = [Job(COLD, name, "first", str(Path(folder) / name)) for name in takers(COLD)]
-        cold = [_rows(job, result)[0] for job, result in side_by_side(jobs, work)]
-        warm = {job.implementation: _rows(job, result)[0] for job, result in side_by_side(jobs, work)}
+        caches = {
+            "TRITON_CACHE_DIR": folder,
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",  # off by default
+            "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": folder,
+        }
+        before = {name: os.environ.get(name) for name in caches}
+        os.environ.update(caches)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def first_calls(implementations: list[str]) -> Iterator[Row]:
+    """Rows of the first call in a new process, with and without compiled kernels on the disk."""
+    jobs = [[Job(COLD, name, "first")] for name in implementations]
+    cold = [_rows(job, result)[0] for job, result in side_by_side(jobs, work)]
+    warm = {job.implementation: _rows(job, result)[0] for job, result in side_by_side(jobs, work)}
     for row in cold:
         again = warm[row.implementation]
-        yield Row(**{**row.__dict__, "warm_s": again.cold_s, "error": row.error or again.error})
+        yield dataclasses.replace(row, warm_s=again.cold_s, error=row.error or again.error)
+
+
+def compile_ahead(jobs: list[Job]) -> None:
+    """Fill the caches on the disk: the first and the last case of every kind of shape, a process for each kind.
+
+    What fails here fails again where it is timed, and is a row there.
+    """
+    groups: dict[tuple, list[Job]] = {}
+    for job in jobs:
+        if job.implementation in COMPILED:
+            kind = dataclasses.replace(job.case, batch=0, seqlen=0, lengths=None)
+            groups.setdefault((job.implementation, kind), []).append(dataclasses.replace(job, kind="first"))
+    ends = [list(dict.fromkeys((group[0], group[-1]))) for group in groups.values()]
+    for _ in side_by_side(ends, work):
+        pass
 
 
 def _rows(job: Job, result: list[Row] | str) -> list[Row]:
@@ -192,17 +226,27 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
     _free()
     print(f"ceilings: {limits}", flush=True)
     rows = []
-    chosen = [TINY, *cases(quick)]
-    jobs = [Job(case, name, "host" if case is TINY else "speed") for case in chosen for name in takers(case)]
-    wanted = [job for job in jobs if only is None or job.implementation in only]
-    for job, result in one_after_another(wanted, work):
-        for row in _rows(job, result):
+    with _no_compiled_kernels():
+        for row in _all_rows(quick, only):
             rows.append(row)
             print(describe(row), flush=True)
-    for row in [] if quick else first_calls():
-        rows.append(row)
-        print(describe(row), flush=True)
     return write("attention", rows, limits, folder)
+
+
+def _all_rows(quick: bool, only: list[str] | None) -> Iterator[Row]:
+    jobs = [
+        Job(case, name, "host" if case is TINY else "speed")
+        for case in (TINY, *cases(quick))
+        for name in takers(case)
+        if only is None or name in only
+    ]
+    if not quick:
+        yield from first_calls([name for name in takers(COLD) if only is None or name in only])
+    started = time.perf_counter()
+    compile_ahead(jobs)
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    for job, result in one_after_another(jobs, work):
+        yield from _rows(job, result)
 
 
 def shape(case: dict) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from tilestack.bench.results import FOLDER
+from tilestack.bench.results import FOLDER, stamp
 
 
 def parser() -> argparse.ArgumentParser:
@@ -18,6 +18,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     top.add_argument("--out", type=Path, default=FOLDER, help="folder that the result file goes to")
+    top.add_argument("--commit", help="what to name as measured, where the sources are no checkout")
     top.add_argument("--repeats", type=int, default=20, help="timed calls of step and ops; the median is reported")
     benches = top.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser("step", help="forward, loss and backward of Qwen3-30B-A3B's shape, beside transformers")
@@ -49,7 +50,10 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tilestack bench: no GPU on this machine; a benchmark here would time Triton's interpreter")
         return 2
-    print(f"wrote {_run(arguments)}")
+    path = _run(arguments)
+    if arguments.commit:
+        stamp(path, arguments.commit)
+    print(f"wrote {path}")
     return 0
 
 

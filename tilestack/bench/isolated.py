@@ -37,11 +37,17 @@ def one_after_another(jobs: Sequence[J], work: Work, patience_s: float = PATIENC
             yield job, f"not tried: this implementation ended {FATAL_FAILURES} processes before"
 
 
-def side_by_side(jobs: Sequence[J], work: Work, patience_s: float = PATIENCE_S) -> Iterator[tuple[J, list | str]]:
-    """Run every job in a process of its own, all at the same time."""
-    children = [_Child([job], work) for job in jobs]
-    for job, child in zip(jobs, children, strict=True):
-        yield job, child.next_result(patience_s)
+def side_by_side(
+    groups: Sequence[Sequence[J]], work: Work, patience_s: float = PATIENCE_S
+) -> Iterator[tuple[J, list | str]]:
+    """Run every group of jobs in a process of its own, all at the same time; one that dies loses the rest of its group.
+
+    Yields each job with its result, or with what went wrong.
+    """
+    children = [_Child(jobs, work) for jobs in groups]
+    for jobs, child in zip(groups, children, strict=True):
+        for job in jobs:
+            yield job, child.next_result(patience_s) if child.usable else "its process ended before"
         child.kill()
 
 

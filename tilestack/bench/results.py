@@ -116,6 +116,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def stamp(path: Path, commit: str) -> None:
+    """Name the commit in a result file that was measured on a copy without its history."""
+    record = read(path) | {"commit": commit}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def commit() -> str:
     """The commit that was measured, "unknown" outside a checkout."""
     done = subprocess.run(
