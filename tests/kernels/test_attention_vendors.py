@@ -48,7 +48,7 @@ PACKED = {"q": (64, 4, 64), "documents": 3}
     ("module", "asked", "reason"),
     [
         *[(each, {"dtype": torch.float64}, "got float64") for each in (*SDPA, vendor_flash_attn, vendor_xformers)],
-        (vendor_sdpa_cudnn, {"dtype": torch.float32}, "got float32"),
+        *[(each, {"dtype": torch.float32}, "got float32") for each in (vendor_sdpa_cudnn, vendor_sdpa_efficient)],
         (vendor_sdpa_cudnn, {"q": (1, 8, 4, 256)}, "up to 128, got 256"),
         (vendor_flash_attn, {"q": (1, 8, 4, 100)}, "multiples of 8 up to 256, got 100"),
         (vendor_sdpa_cudnn, {"q": (1, 1, 4, 64)}, "length 1"),
@@ -72,7 +72,6 @@ def test_what_a_library_lacks_is_refused_with_the_reason(module, asked, reason):
         *[(each, {"causal": True}) for each in SDPA],
         *[(each, {"deterministic": True, "needs_grad": False}) for each in SDPA],
         *[(each, GROUPED) for each in (vendor_sdpa_cudnn, vendor_sdpa_flash, vendor_flash_attn, vendor_flash_attn_4)],
-        (vendor_sdpa_efficient, {"dtype": torch.float32}),
         *[
             (each, asked)
             for each in (vendor_flash_attn, vendor_flash_attn_4)

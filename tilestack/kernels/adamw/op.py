@@ -70,8 +70,8 @@ def adamw(
     master: like exp_avg, the weights in full precision; None where param itself is the weights.
     step: the number of this step, from 1.
     grad_scale: one number on param's device, float32, that the gradient is multiplied by (clipping without a
-        synchronisation); None is 1. Where it is NaN, nothing is changed: so a step whose gradient is not finite is
-        left out, and the host need not know.
+        synchronisation); None is 1. The bits are those of a step with the product, rounded to float32. Where it is NaN,
+        nothing is changed: so a step whose gradient is not finite is left out, and the host need not know.
     implementation: "tilestack-triton" or "reference"; None chooses.
 
     Raises ValueError for wrong shapes, dtypes, devices or numbers; then nothing was changed.

@@ -1,6 +1,8 @@
 """adamw in Triton: one pass over one tensor, every element read once and written once.
 
 Square root and quotient are rounded correctly: the kernel waits for memory, and the result follows torch's closely.
+Multiply-adds are written out, because which of two products a compiler fuses with a sum may differ from one variant of
+the kernel to the next, and with it the last bit.
 """
 
 from __future__ import annotations
@@ -38,13 +40,13 @@ def adamw_kernel(
     weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     if grad_scale_ptr is not None:
         grad_scale = tl.full([BLOCK], tl.load(grad_scale_ptr).to(tl.float32), tl.float32)
-        grad *= grad_scale
+        grad = tl.fma(grad, grad_scale, 0.0)  # the product, rounded: not part of a later multiply-add
         mask &= grad_scale == grad_scale  # NaN: the step is left out; masking the stores alone keeps the loads early
 
-    exp_avg += one_minus_beta1 * (grad - exp_avg)
-    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * grad * grad
+    exp_avg = tl.fma(one_minus_beta1, grad - exp_avg, exp_avg)
+    exp_avg_sq = tl.fma(beta2, exp_avg_sq, one_minus_beta2 * grad * grad)
     denominator = tl.div_rn(tl.sqrt_rn(exp_avg_sq), correction2_sqrt) + eps
-    weights = decay * weights - step_size * tl.div_rn(exp_avg, denominator)
+    weights = tl.fma(decay, weights, -step_size * tl.div_rn(exp_avg, denominator))
 
     tl.store(exp_avg_ptr + offs, exp_avg, mask=mask)
     tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=mask)

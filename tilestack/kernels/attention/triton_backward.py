@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels.attention.triton_blocks import load_rows, locate, sees, span, store_rows
+from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential
 
 
 @triton.jit
@@ -26,15 +27,15 @@ def _add_dq(
     for start in tl.range(begin, end, BLOCK_N):
         k = load_rows(k_ptr, start, stride_k, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
         v = load_rows(v_ptr, start, stride_v, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale - lse[:, None])
+        scores = dot(q, tl.trans(k), None, PRECISION)
+        weights = exponential(scores * scale - lse[:, None], PRECISION)
         if (start < full_begin) | (start >= full_end):
             keys = start + tl.arange(0, BLOCK_N)
             visible = sees(rows[:, None], keys[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT)
             weights = tl.where(visible, weights, 0.0)
-        dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+        dweights = dot(dout, tl.trans(v), None, PRECISION)
         dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = dot(dscores.to(k.dtype), k, dq, PRECISION)
     return dq
 
 
@@ -78,8 +79,8 @@ def attention_bwd_dq_kernel(
     out = load_rows(out_ptr, first, stride_s, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     tl.store(delta_ptr + offs_lse, delta, mask=rows < length_q)
-    lse = load_lse(lse_ptr + offs_lse, rows < length_q)
-    scale = softmax_scale * 1.4426950408889634  # log2 e
+    lse = load_lse(lse_ptr + offs_lse, rows < length_q, PRECISION)
+    scale = softmax_scale * exponent_unit(PRECISION)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _add_dq(
         dq, q, dout, lse, delta, k_ptr, v_ptr, stride_ks, stride_vs, rows, begin, full_begin, full_end, end, shift,
@@ -89,9 +90,9 @@ def attention_bwd_dq_kernel(
 
 
 @triton.jit
-def load_lse(pointers, mask):
-    """lse in units of log2; +inf for rows that see no key or do not exist, so that their weights are 0."""
-    lse = tl.load(pointers, mask=mask, other=float("inf")) * 1.4426950408889634  # log2 e
+def load_lse(pointers, mask, PRECISION: tl.constexpr):
+    """lse in the kernel's unit; +inf for rows that see no key or do not exist, so that their weights are 0."""
+    lse = tl.load(pointers, mask=mask, other=float("inf")) * exponent_unit(PRECISION)
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
 
@@ -106,19 +107,19 @@ def _add_dk_dv(
     for start in tl.range(begin, end, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, start, stride_q, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        lse = load_lse(lse_ptr + rows, rows < length_q)
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-        weights = tl.exp2(scores * scale - lse[None, :])
+        lse = load_lse(lse_ptr + rows, rows < length_q, PRECISION)
+        scores = dot(k, tl.trans(q), None, PRECISION)
+        weights = exponential(scores * scale - lse[None, :], PRECISION)
         if HAS_LEFT or HAS_RIGHT:  # noqa: SIM102  (decided when it is compiled)
             if (start < full_begin) | (start >= full_end):
                 visible = sees(rows[None, :], keys[:, None], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT)
                 weights = tl.where(visible, weights, 0.0)
         dout = load_rows(dout_ptr, start, stride_do, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dv = dot(weights.to(dout.dtype), dout, dv, PRECISION)
         delta = tl.load(delta_ptr + rows, mask=rows < length_q, other=0.0)
-        dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+        dweights = dot(v, tl.trans(dout), None, PRECISION)
         dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+        dk = dot(dscores.to(q.dtype), q, dk, PRECISION)
     return dk, dv
 
 
@@ -161,7 +162,7 @@ def attention_bwd_dk_dv_kernel(
     k = load_rows(k_ptr, first, stride_ks, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     v = load_rows(v_ptr, first, stride_vs, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     keys = first + tl.arange(0, BLOCK_N)
-    scale = softmax_scale * 1.4426950408889634  # log2 e
+    scale = softmax_scale * exponent_unit(PRECISION)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for _member in range(GROUP):

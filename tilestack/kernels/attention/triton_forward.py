@@ -1,7 +1,7 @@
 """The forward kernel of attention in Triton: FlashAttention-2 (Dao, 2023), algorithm 1.
 
 A program owns a block of queries of one head and walks over the blocks of keys that they see, with a running maximum
-and sum. Scores are kept in units of log2, so that the exponential is exp2 and the scale costs nothing.
+and sum. The scale costs nothing: it is part of the multiply-add that makes an exponent.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels.attention.triton_blocks import load_rows, locate, sees, span, store_rows
+from tilestack.kernels.attention.triton_numerics import LN2, dot, exponent_unit, exponential
 
 
 @triton.jit
@@ -20,7 +21,7 @@ def _attend(
 ):  # fmt: skip
     for start in tl.range(begin, end, BLOCK_N):
         k = load_rows(k_ptr, start, stride_k, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        scores = dot(q, tl.trans(k), None, PRECISION)
         if MASKED:
             keys = start + tl.arange(0, BLOCK_N)
             visible = sees(rows[:, None], keys[None, :], shift, length_k, left, right, HAS_LEFT, HAS_RIGHT)
@@ -29,12 +30,12 @@ def _attend(
         subtracted = new_largest
         if MASKED:  # a query that has seen no key yet: avoid -inf - -inf
             subtracted = tl.where(new_largest == float("-inf"), 0.0, new_largest)
-        weights = tl.exp2(scores * scale - subtracted[:, None])
-        shrink = tl.exp2(largest - subtracted)
+        weights = exponential(scores * scale - subtracted[:, None], PRECISION)
+        shrink = exponential(largest - subtracted, PRECISION)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
         v = load_rows(v_ptr, start, stride_v, length_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
+        acc = dot(weights.to(v.dtype), v, acc, PRECISION)
         largest = new_largest
     return acc, total, largest
 
@@ -43,7 +44,7 @@ def _attend(
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
-    n_documents, total_q, total_k, n_blocks, n_heads, scale, left, right,
+    n_documents, total_q, total_k, n_blocks, n_heads, softmax_scale, left, right,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PACKED: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -69,6 +70,7 @@ def attention_fwd_kernel(
     v_ptr += batch * stride_vb + start_k * stride_vs + head // GROUP * stride_vh
     q = load_rows(q_ptr, first, stride_qs, length_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     rows = first + tl.arange(0, BLOCK_M)
+    scale = softmax_scale * exponent_unit(PRECISION)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -90,5 +92,5 @@ def attention_fwd_kernel(
     stride_s = n_heads * HEAD_DIM
     out_ptr += (batch * total_q + start_q) * stride_s + head * HEAD_DIM
     store_rows(out_ptr, first, stride_s, length_q, acc / total[:, None], BLOCK_M, HEAD_DIM, BLOCK_D)
-    lse = (largest + tl.log2(total)) * 0.6931471805599453  # ln 2
+    lse = largest * (1.0 / exponent_unit(PRECISION)) + tl.log2(total) * LN2
     tl.store(lse_ptr + (batch * n_heads + head) * total_q + start_q + rows, lse, mask=rows < length_q)

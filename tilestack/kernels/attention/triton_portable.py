@@ -6,8 +6,6 @@ nothing is read on the host and max_seqlen is not needed.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from tilestack.kernels import launch
@@ -41,8 +39,8 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
         with launch.on_device(q):
             attention_fwd_kernel[_grid(q, blocks)](
                 q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *_strides(q), *_strides(k), *_strides(v),
-                *_sizes(q, k, cu_seqlens_q), blocks, q.shape[-2], params.softmax_scale * math.log2(math.e),
-                *_window(params), **_constants(q, k, tile, params),
+                *_sizes(q, k, cu_seqlens_q), blocks, q.shape[-2], params.softmax_scale, *_window(params),
+                **_constants(q, k, tile, params),
             )  # fmt: skip
     return out, lse
 

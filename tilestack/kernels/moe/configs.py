@@ -46,7 +46,7 @@ def _same(tile: Tile) -> Tiles:
 
 
 _INTERPRETER = Tiles(Tile(16, 32, 32, 4, 1), Tile(16, 32, 32, 4, 1), Tile(32, 32, 16, 4, 1))  # loops run more than once
-_FLOAT32 = _same(Tile(64, 64, 32, 4, 2))  # exact products are not for tensor cores: registers decide
+_FLOAT32 = _same(Tile(64, 64, 16, 4, 2))  # not for tensor cores: registers decide; k is short for exact sums
 _WIDE = _same(Tile(128, 256, 64, 8, 3))  # 144 KiB of shared memory, one program a multiprocessor
 _MIDDLE = _same(Tile(128, 128, 64, 8, 3))  # 96 KiB at most
 _NARROW = _same(Tile(128, 128, 32, 8, 3))  # 48 KiB at most

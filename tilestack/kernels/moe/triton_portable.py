@@ -65,6 +65,16 @@ def moe_row_blocks_kernel(
 
 
 @triton.jit
+def _add_product(acc, a, b):
+    """acc + a @ b. In float32 the product is summed for itself: as one long chain of multiply-adds, every step of the
+    whole sum would round at its full size."""
+    if a.dtype == tl.float32:
+        return acc + tl.dot(a, b, input_precision="ieee")
+    else:
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
 def _multiply(
     a_ptrs, b_ptrs, stride_b, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -78,7 +88,7 @@ def _multiply(
         else:
             a = tl.load(a_ptrs, mask=(k + offs_k < depth)[None, :], other=0.0)
             b = tl.load(b_ptrs, mask=(k + offs_k < depth)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = _add_product(acc, a, b)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K * stride_b
     return acc
@@ -184,7 +194,7 @@ def moe_weights_bwd_kernel(
         # both are masked: what lies behind the end may be another expert's NaN
         a = tl.load(a_ptrs + row_a.to(tl.int64)[None, :] * stride_a, mask=is_row[None, :], other=0.0)
         b = tl.load(b_ptrs + row_b.to(tl.int64)[:, None] * stride_b, mask=is_row[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
+        acc = _add_product(acc, a, b)
     offs = expert.to(tl.int64) * M * N + offs_m[:, None] * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
     tl.store(dweight_ptr + offs, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
@@ -212,7 +222,7 @@ def moe_swiglu_bwd_kernel(
         inside = units < I
         gate = tl.load(pre_activation_ptr + row * 2 * I + units, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(pre_activation_ptr + row * 2 * I + I + units, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.sigmoid(gate)
+        sigmoid = tl.div_rn(1.0, 1.0 + tl.exp(-gate))  # the pass waits for memory: a rounded quotient costs nothing
         silu = gate * sigmoid
         if WANT_WEIGHTED:
             weighted = (silu * up * weight).to(weighted_ptr.dtype.element_ty)

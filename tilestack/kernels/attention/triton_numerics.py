@@ -1,0 +1,48 @@
+"""Products and exponentials of the Triton kernels, which float32 inputs need more exactly than 16-bit ones.
+
+PRECISION is the dtype's: "ieee" for float32, "tf32" (which means nothing to them) for 16-bit dtypes.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+TERMS = tl.constexpr(16)  # of one chain of multiply-adds; tl.dot takes no fewer
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """a @ b + acc; acc may be None.
+
+    In float32 each sum of a product is one chain of multiply-adds, which rounds at the size of the whole sum: over a
+    head dimension the error of eager, which sums in blocks, is several times smaller. So here, too, sums of TERMS
+    products are added to each other, and then to acc.
+    """
+    if PRECISION != "ieee":
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+    if a.shape[1] > TERMS:
+        parts_a = tl.permute(tl.reshape(a, [a.shape[0], a.shape[1] // TERMS, TERMS]), [1, 0, 2])
+        parts_b = tl.reshape(b, [b.shape[0] // TERMS, TERMS, b.shape[1]])
+        product = tl.sum(tl.dot(parts_a, parts_b, input_precision=PRECISION), 0)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product if acc is None else acc + product
+
+
+@triton.jit
+def exponent_unit(PRECISION: tl.constexpr):
+    """What exponents (scaled scores, their maximum, lse) are multiplied by while a kernel works on them.
+
+    For 16-bit dtypes log2 e, so that a weight costs one multiply-add and exp2. Rounded into the scale and into lse,
+    log2 e is an error of every exponent; in float32 it would be seen, so the unit there is 1.
+    """
+    return 1.0 if PRECISION == "ieee" else LOG2E
+
+
+@triton.jit
+def exponential(x, PRECISION: tl.constexpr):
+    """e to the x, x in the kernel's unit."""
+    return tl.exp2(x * LOG2E) if PRECISION == "ieee" else tl.exp2(x)
