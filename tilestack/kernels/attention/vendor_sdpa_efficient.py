@@ -1,7 +1,7 @@
 """The memory-efficient attention inside torch (CUTLASS), through the aten operators under scaled_dot_product_attention.
 
-Its lse is padded to a multiple of 32 queries, and backward wants it back like that. It takes float32 too, but its dq then
-has three times the error of eager (H100, torch 2.11), over the rule of testing/compare.py: not used here.
+Its lse is padded to a multiple of 32 queries, and backward wants it back like that. It takes float32 too, but its dq
+then has three times the error of eager (H100, torch 2.11), over the rule of testing/compare.py: not used here.
 """
 
 from __future__ import annotations
