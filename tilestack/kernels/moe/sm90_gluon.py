@@ -63,6 +63,7 @@ def backward(dout, x, gate_up, down, topk_ids, topk_weights, pre_activation, tab
     found = {"topk_weights": dweights}
     if "down" in needs:
         found["down"] = outer(dout, weighted, layout, top_k, gather="a")
+    del weighted
     if "gate_up" in needs:
         found["gate_up"] = outer(dpre_activation, _aligned(x), layout, top_k, gather="b")
     if "x" in needs:
