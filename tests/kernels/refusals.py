@@ -19,7 +19,7 @@ LACKS = {
         "length 1",
     },
     ("attention", "sdpa-flash"): {"float32", "packed", "window", "uneven causal", "empty"},
-    ("attention", "sdpa-efficient"): {"grouped", "packed", "window", "uneven causal", "empty"},
+    ("attention", "sdpa-efficient"): {"float32", "grouped", "packed", "window", "uneven causal", "empty"},
     ("attention", "flash-attn-2"): {"float32", "empty", "no document"},
     ("attention", "flash-attn-4"): {"float32", "empty", "no document"},
     ("attention", "xformers"): {"float32", "grouped", "window", "empty", "no document"},
