@@ -8,12 +8,9 @@ compiled, side by side, before anything is timed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gc
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +20,7 @@ import torch
 
 from tilestack.bench import attention_check
 from tilestack.bench.attention_cases import COLD, TINY, AttentionCase, cases, make
+from tilestack.bench.first_call import no_compiled_kernels, seconds_of
 from tilestack.bench.isolated import one_after_another, side_by_side
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings, host_microseconds, measure
@@ -155,12 +153,7 @@ def _host(job: Job) -> list[Row]:
 
 
 def _first(job: Job) -> list[Row]:
-    call = _forward_and_backward(job)
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
+    seconds = seconds_of(_forward_and_backward(job))
     return [Row("attention", job.case.as_dict(), job.implementation, "both", cold_s=seconds)]
 
 
@@ -169,33 +162,11 @@ def _free() -> None:
     torch.cuda.empty_cache()
 
 
-@contextlib.contextmanager
-def _no_compiled_kernels() -> Iterator[None]:
-    """The caches on the disk in an empty folder, for this process's children."""
-    with tempfile.TemporaryDirectory() as folder:
-        caches = {
-            "TRITON_CACHE_DIR": folder,
-            "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",  # off by default
-            "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": folder,
-        }
-        before = {name: os.environ.get(name) for name in caches}
-        os.environ.update(caches)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                if value is not None:
-                    os.environ[name] = value
-
-
 def first_calls(implementations: list[str]) -> Iterator[Row]:
     """Rows of the first call in a new process, with and without compiled kernels on the disk."""
     jobs = [[Job(COLD, name, "first")] for name in implementations]
-    cold = [_rows(job, result)[0] for job, result in side_by_side(jobs, work)]
-    warm = {job.implementation: _rows(job, result)[0] for job, result in side_by_side(jobs, work)}
-    for row in cold:
-        again = warm[row.implementation]
+    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work)] for _ in range(2))
+    for row, again in zip(cold, warm, strict=True):
         yield dataclasses.replace(row, warm_s=again.cold_s, error=row.error or again.error)
 
 
@@ -226,7 +197,7 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
     _free()
     print(f"ceilings: {limits}", flush=True)
     rows = []
-    with _no_compiled_kernels():
+    with no_compiled_kernels():
         for row in _all_rows(quick, only):
             rows.append(row)
             print(describe(row), flush=True)

@@ -77,10 +77,10 @@ def cases(quick: bool = False) -> list[AttentionCase]:
         {"kv_heads": 16, "heads": 16},
         {"kv_heads": 32, "head_dim": 64},
         {"causal": False},
-        {"deterministic": True},
     )
     dense = [AttentionCase(TOKENS // s, s, **variant) for variant in variants for s in LENGTHS]
-    return [*dense[: len(LENGTHS)], packed(TOKENS), packed(4 * TOKENS), *dense[len(LENGTHS) :]]
+    repeatable = [AttentionCase(TOKENS // s, s, deterministic=True) for s in (4096, 16384)]
+    return [*dense[: len(LENGTHS)], packed(TOKENS), packed(4 * TOKENS), *repeatable, *dense[len(LENGTHS) :]]
 
 
 def make(case: AttentionCase, device: str, seed: int = 0) -> dict[str, torch.Tensor | None]:

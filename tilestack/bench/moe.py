@@ -7,9 +7,10 @@ its logit, so that the busiest expert gets many times the tokens of the mean.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from tilestack.bench import moe_check
-from tilestack.bench.isolated import one_after_another
+from tilestack.bench.first_call import no_compiled_kernels, seconds_of
+from tilestack.bench.isolated import one_after_another, side_by_side
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings, measure
 from tilestack.kernels import moe, ops, router
@@ -47,8 +49,11 @@ class MoeCase:
 
 @dataclass(frozen=True)
 class Job:
+    """first: the first call of a process instead of the speed."""
+
     case: MoeCase
     implementation: str
+    first: bool = False
 
 
 def flops(case: dict, direction: str) -> float:
@@ -167,6 +172,17 @@ def _problem(case: MoeCase) -> tuple[Problem, moe_check.Truth]:
 
 def work(job: Job) -> list[Row]:
     """One job, in a child process: check, then time."""
+    return _first(job) if job.first else _speed(job)
+
+
+def _first(job: Job) -> list[Row]:
+    problem = make(job.case, "cuda")
+    call = block(problem, job.implementation)
+    seconds = seconds_of(lambda: torch.autograd.grad(call(), problem.leaves, problem.dout))
+    return [Row("moe", job.case.as_dict(), job.implementation, "both", cold_s=seconds)]
+
+
+def _speed(job: Job) -> list[Row]:
     _free()
     problem, truth = _problem(job.case)
     call = block(problem, job.implementation)
@@ -212,15 +228,33 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
     limits = ceilings()
     _free()
     print(f"ceilings: {limits}", flush=True)
-    jobs = [Job(case, name) for case in cases(quick) for name in implementations() if only is None or name in only]
+    names = [name for name in implementations() if only is None or name in only]
     rows = []
-    for job, result in one_after_another(jobs, work):
-        if isinstance(result, str):
-            result = [Row("moe", job.case.as_dict(), job.implementation, "both", error=result)]
-        for row in result:
+    with no_compiled_kernels():
+        for row in _all_rows(names, cases(quick)):
             rows.append(row)
             print(describe(row, limits), flush=True)
     return write("moe", rows, limits, folder)
+
+
+def _all_rows(names: list[str], chosen: list[MoeCase]) -> Iterator[Row]:
+    yield from first_calls(names)
+    for job, result in one_after_another([Job(case, name) for case in chosen for name in names], work):
+        yield from _rows(job, result)
+
+
+def first_calls(names: list[str]) -> Iterator[Row]:
+    """Rows of the first call in a new process, with and without compiled kernels on the disk."""
+    jobs = [[Job(MoeCase(TOKENS[0]), name, first=True)] for name in names]
+    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work)] for _ in range(2))
+    for row, again in zip(cold, warm, strict=True):
+        yield dataclasses.replace(row, warm_s=again.cold_s, error=row.error or again.error)
+
+
+def _rows(job: Job, result: list[Row] | str) -> list[Row]:
+    if isinstance(result, list):
+        return result
+    return [Row("moe", job.case.as_dict(), job.implementation, "both", error=result)]
 
 
 def describe(row: Row, limits: dict[str, float]) -> str:
@@ -228,6 +262,8 @@ def describe(row: Row, limits: dict[str, float]) -> str:
     what = f"{row.case['tokens']:6} tokens, {row.case['routing']:7} {row.implementation:16} {row.direction:8}"
     if isinstance(row.error, str):
         return f"{what} {row.error}"
+    if row.cold_s is not None:
+        return f"{what} first call {row.cold_s:.2f} s, in a second process {row.warm_s:.2f} s"
     share = row.tflops / roofline_tflops(row.case, row.direction, limits)
     return (
         f"{what} {row.ms_median:8.3f} ms {row.tflops:5.0f} TFLOP/s, {share:4.0%} of the roofline, "
