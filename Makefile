@@ -1,8 +1,11 @@
 # One environment in .venv, made from the system's Python; everything else runs in it.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+# another index to take packages from as well, such as https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: help train test test-all test-gpu lint clean
 
@@ -10,10 +13,11 @@ help:            ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tilestack needs Python 3.11 or newer; run: make PYTHON=python3.12")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "tilestack needs Python 3.11 or newer; name another: make PYTHON=python3.12 train")'
+	@echo "Installing into $(VENV), once; torch is large"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[train,dev]' "$(TORCH)"
+	$(PIP) "$(TORCH)"
+	$(PIP) -e '.[train,dev]' "$(TORCH)"
 	@touch $@
 
 train: $(VENV)/installed   ## train a small Qwen3-MoE on this machine, GPU or not

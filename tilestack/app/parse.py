@@ -21,7 +21,8 @@ from tilestack.app.config import Config
 from tilestack.app.errors import UserError
 
 EXAMPLES = """
-Every key can be set in the YAML file (--config) and on the command line, which wins:
+Every key can be set in the YAML file (--config) and on the command line, which wins. The defaults above hold for keys
+that neither sets; without --config, the preset for this machine (a file in configs/) sets many:
   python train.py                                              the preset for this machine
   python train.py --config configs/tiny-cpu.yaml --optimizer.lr 1e-4
   python train.py --data.source my.jsonl --model.path Qwen/Qwen3-30B-A3B
@@ -177,9 +178,13 @@ def _check_options(argv: list[str]) -> None:
 
 def _unknown(name: str, known: list[str], dashes: str = "") -> str:
     """The text for a key that does not exist, with the valid one that is nearest."""
-    leaf = name.split(".")[-1]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+    group, _, leaf = name.rpartition(".")
+    siblings = {key.split(".")[1]: key for key in known if group and key.startswith(f"{group}.")}
+    close = [siblings[each] for each in difflib.get_close_matches(leaf, siblings, n=1)]
     close = close or [key for key in known if key.split(".")[-1] == leaf]
+    if siblings and not close:
+        return f"unknown key {dashes}{name}; {group} has the keys {', '.join(siblings)}"
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     close = close or [key for key in known if difflib.get_close_matches(leaf, [key.split(".")[-1]], cutoff=0.6)]
     close = close or difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {dashes}{close[0]}?" if close else "; see --help for all keys"
@@ -217,7 +222,7 @@ def _type_in_words(kind: Any) -> str:
 
 
 def _headline(kind: type) -> str:
-    return (kind.__doc__ or kind.__name__).strip().splitlines()[0]
+    return (kind.__doc__ or kind.__name__).strip().splitlines()[0].rstrip(".")
 
 
 def _docs_of_keys(kind: type) -> dict[str, str]:

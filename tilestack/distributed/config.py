@@ -51,7 +51,7 @@ class DistributedConfig:
     engine: "auto" takes DeepSpeed from two processes on and our own loop for one; "deepspeed" asks for it by name, also
         in one process; "local" is one process without DeepSpeed.
     zero: the ZeRO stage (Rajbhandari et al., 2020): 0 replicates everything, 1 shards the optimizer's states, 2 the
-        gradients too, 3 the parameters too. None is 2, or the stage of `deepspeed_config`.
+        gradients too, 3 the parameters too. Null: the stage of `deepspeed_config`, else 2.
     deepspeed_config: a DeepSpeed configuration of your own, a JSON file. What tilestack must know (batch sizes,
         accumulation, clipping) may be absent or "auto" in it; a value that contradicts tilestack's is an error.
     """

@@ -11,7 +11,7 @@ from tilestack.kernels import ops
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The implementation of each op by name; "auto" leaves it to the dispatcher.
+    """The implementation of each op by name (`tilestack explain` lists them); "auto" leaves it to the dispatcher.
 
     Raises ValueError for a name that is no implementation of the op.
     """

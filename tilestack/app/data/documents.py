@@ -225,9 +225,10 @@ def _text_of(line: bytes, key: str, where: str) -> str:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: the line is not JSON: {error}") from None
+        raise UserError(f"{where}: the line is not JSON: {error.msg} at column {error.colno}") from None
     if not isinstance(row, dict) or not isinstance(row.get(key), str):
-        raise UserError(f"{where}: the line must be an object with text under {key!r}, got {line[:80]!r}")
+        got = json.dumps(row, ensure_ascii=False)[:80]
+        raise UserError(f"{where}: the line must be an object with text under {key!r} (data.text_key), got {got}")
     return row[key]
 
 
