@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilestack.kernels.attention import reference, sm90_backward, sm90_forward
+from tilestack.kernels.attention import reference, sm90_backward, sm90_forward, sm90_schedule
 from tilestack.kernels.attention.layout import rows_by_heads
 from tilestack.kernels.attention.op import AttentionParams
 from tilestack.testing.compare import assert_close
@@ -83,7 +83,7 @@ def test_rows_that_lie_over_one_another_are_copied_for_tma_and_others_are_not(sh
 
 @pytest.mark.parametrize("section", [(1, 4), (2, 2), (1, 1)], ids=str)
 def test_sections_of_documents_and_heads_leave_nothing_out(section, monkeypatch):
-    monkeypatch.setattr(sm90_forward, "forward_sections", lambda *_: section)
+    monkeypatch.setattr(sm90_schedule, "forward_sections", lambda *_: section)
     assert_right(run((2, 300, 300, 4, 4, 64, True, (-1, -1), {}), Emulator(), monkeypatch))
 
 

@@ -38,8 +38,8 @@ from tilestack.kernels._gluon import (
     warpgroup_mma_wait,
 )
 from tilestack.kernels.attention.layout import empty_lse, rows_by_heads
-from tilestack.kernels.attention.sm90_configs import FORWARD, forward_sections
-from tilestack.kernels.attention.sm90_schedule import query_table, work_item
+from tilestack.kernels.attention.sm90_configs import FORWARD
+from tilestack.kernels.attention.sm90_schedule import dense_schedule, piece, query_table, share, work_item
 
 LOG2E = 1.4426950408889634
 K_FREE = gl.constexpr(6)  # hardware barriers: K_FREE + stage, V_FREE + stage, Q_FREE + consumer, TURN + consumer
@@ -65,15 +65,16 @@ def key_tiles(n_q, n_k, position, left, right, BLOCK_M: gl.constexpr, BLOCK_N: g
 
 @gluon.jit
 def producer(q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
-             items, n_heads, section_heads, left, right,
+             items, schedule, n_heads, left, right,
              GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     loaded = 0
     n_items_done = 0
-    n_items = gl.load(items) * n_heads
-    for t in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        head, row_q, n_q, row_k, n_k, position, _ = work_item(t, items, n_heads, section_heads)
+    first_piece, end_piece, step_piece = share(schedule, gl.load(items) * n_heads, SCHEDULED)
+    for index in range(first_piece, end_piece, step_piece):
+        t = piece(schedule, index, SCHEDULED)
+        head, row_q, n_q, row_k, n_k, position, _ = work_item(t, items, n_heads)
         first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         column_q = head * D
         column_k = (head // GROUP) * D
@@ -125,9 +126,9 @@ def visible_scores(s, tile, full_first, full_last, n_k, own, columns, left, righ
 
 @gluon.jit
 def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
+             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
              BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -146,9 +147,10 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
     if which == 1:
         barrier_arrive(TURN, "256", 4)
     thread_barrier()
-    n_items = gl.load(items) * n_heads
-    for t in range(gl.program_id(0), n_items, gl.num_programs(0)):
-        _, _, n_q, _, n_k, position, _ = work_item(t, items, n_heads, section_heads)
+    first_piece, end_piece, step_piece = share(schedule, gl.load(items) * n_heads, SCHEDULED)
+    for index in range(first_piece, end_piece, step_piece):
+        t = piece(schedule, index, SCHEDULED)
+        _, _, n_q, _, n_k, position, _ = work_item(t, items, n_heads)
         first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
         low = position + which * HALF
         own = rows + low
@@ -207,7 +209,7 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
         mbarrier.wait(v_full.index(v_stage), v_phase)
         summed = warpgroup_mma(p_left, v_s.index(v_stage), acc, is_async=True)
         # read the item again: kept through the loop, its numbers would take registers
-        head, row_q, n_q, _, _, _, row_lse = work_item(t, items, n_heads, section_heads)
+        head, row_q, n_q, _, _, _, row_lse = work_item(piece(schedule, index, SCHEDULED), items, n_heads)
         mine = n_q - which * HALF
         natural = (m + gl.log2(total)) * 0.6931471805599453
         gl.store(lse + (head * stride_lse + row_lse + which * HALF + rows), natural, mask=rows < mine)
@@ -235,30 +237,30 @@ def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, 
 
 @gluon.jit
 def consumer_0(o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-               items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
+               items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-               HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+               SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     consumer(0, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
-             BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
+             BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)  # fmt: skip
 
 
 @gluon.jit
 def consumer_1(o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-               items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
+               items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
                BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-               HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+               SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     consumer(1, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
-             BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
+             BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["section_heads", "left", "right"])
+@gluon.jit(do_not_specialize=["left", "right"])
 def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, out, lse,
-                             items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
+                             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
                              GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
                              BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-                             HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+                             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     HALF: gl.constexpr = BLOCK_M // 2
     q_s = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], q_desc.layout)
     o_s = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], o_desc.layout)
@@ -274,14 +276,14 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, out, lse,
         mbarrier.init(v_full.index(i), count=1)
     gl.warp_specialize([
         (consumer_0, (o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-                      items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
-                      BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
+                      items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
+                      BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)),
         (consumer_1, (o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-                      items, n_heads, section_heads, left, right, scale, stride_lse, stride_out,
-                      BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
+                      items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
+                      BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)),
         (producer, (q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
-                    items, n_heads, section_heads, left, right,
-                    GROUP, BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
+                    items, schedule, n_heads, left, right,
+                    GROUP, BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
@@ -294,10 +296,10 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
         return out.zero_(), lse.fill_(-torch.inf)
     config = FORWARD[q.shape[-1]]
     heads, head_dim = q.shape[-2:]
-    section, section_heads = 0, heads  # packed documents lie side by side as they are
-    if cu_seqlens_q is None:
-        section, section_heads = forward_sections(q.shape[0], k.shape[1], heads, k.shape[-2], head_dim)
-    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, config.BLOCK_M, section)
+    dense = cu_seqlens_q is None
+    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, config.BLOCK_M)
+    programs = min(bound * heads, launch.multiprocessors(q))
+    schedule = dense_schedule(q, k, config.BLOCK_M, config.BLOCK_N, params, programs) if dense else items
     q_desc, k_desc, v_desc, o_desc = (
         tensor_descriptor(rows_by_heads(each), [block, head_dim])
         for each, block in (
@@ -307,13 +309,12 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
             (out, config.BLOCK_M // 2),
         )
     )
-    grid = (min(bound * heads, launch.multiprocessors(q)),)
     with launch.on_device(q):
-        attention_forward_kernel[grid](
+        attention_forward_kernel[(programs,)](
             q_desc, k_desc, v_desc, o_desc, out, lse,
-            items, heads, section_heads, params.window_left, params.window_right,
+            items, schedule, heads, params.window_left, params.window_right,
             params.softmax_scale * LOG2E, lse.shape[-1], heads * head_dim,
             GROUP=heads // k.shape[-2], D=head_dim, **asdict(config),
-            HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=4,
+            SCHEDULED=dense, HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=4,
         )  # fmt: skip
     return out, lse

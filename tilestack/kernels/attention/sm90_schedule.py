@@ -1,6 +1,6 @@
 """Which work the Hopper kernels do: blocks of a document's rows, in tables on the device.
 
-    table[0] = number of items; table[1] = items of a section; table[8 + 8 i ...] = the fields of item i, 0 if not used
+    table[0] = number of items; table[8 + 8 i ...] = the fields of item i, 0 if not used
 
 For packed input a small kernel writes the table, because documents begin anywhere and the host must not read
 cu_seqlens; the rows after the last offset make a document of their own, which sees nothing, so that they are written
@@ -16,6 +16,9 @@ block's number in the document, the document's first block in the query table).
 from __future__ import annotations
 
 import functools
+import heapq
+import itertools
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -23,26 +26,20 @@ import triton.language as tl
 
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import gl, gluon
+from tilestack.kernels.attention.sm90_configs import forward_sections
 
 FIELDS = gl.constexpr(8)  # integers of an item, two of them unused
+ITEM_COST = 2  # what an item costs beside its key tiles, in tiles
 BLOCK_ITEMS = 64
 BLOCK_DOCUMENTS = 128
 
 
 @gluon.jit
-def work_item(t, items, n_heads, section_heads):
-    """Piece of work t: the head, and the six fields of its item in the query table.
-
-    A section is some items (whole documents) under section_heads heads, whose keys and values fit into L2 together; its
-    pieces come before the next section's, heads fastest."""
-    section_items = gl.load(items + 1)
-    section = t // (section_items * section_heads)
-    rest = t - section * (section_items * section_heads)
-    head_sections = n_heads // section_heads
-    item = section // head_sections * section_items + rest // section_heads
-    entry = items + FIELDS * (item + 1)
+def work_item(t, items, n_heads):
+    """Piece of work t, heads fastest: the head, and the six fields of its item in the query table."""
+    entry = items + FIELDS * (t // n_heads + 1)
     return (
-        section % head_sections * section_heads + rest % section_heads,
+        t % n_heads,
         gl.load(entry),
         gl.load(entry + 1),
         gl.load(entry + 2),
@@ -50,6 +47,20 @@ def work_item(t, items, n_heads, section_heads):
         gl.load(entry + 4),
         gl.load(entry + 5),
     )
+
+
+@gluon.jit
+def share(schedule, n_pieces, SCHEDULED: gl.constexpr):
+    """This program's pieces of work: (first, end, step) of a loop whose index `piece` turns into a piece."""
+    if SCHEDULED:
+        return gl.load(schedule + gl.program_id(0)), gl.load(schedule + gl.program_id(0) + 1), 1
+    else:
+        return gl.program_id(0), n_pieces, gl.num_programs(0)
+
+
+@gluon.jit
+def piece(schedule, index, SCHEDULED: gl.constexpr):
+    return gl.load(schedule + gl.num_programs(0) + 1 + index) if SCHEDULED else index
 
 
 @triton.jit
@@ -99,7 +110,6 @@ def query_table_kernel(
     tl.store(entries + 5, row_q, mask=mask)
     if tl.program_id(0) == 0:
         tl.store(table_ptr, before)
-        tl.store(table_ptr + 1, tl.maximum(before, 1))
 
 
 @triton.jit
@@ -146,17 +156,69 @@ def key_table_kernel(
         tl.store(table_ptr, before)
 
 
-def query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int, section: int = 0) -> tuple[torch.Tensor, int]:
-    """The query table of a call, and an upper bound of its items; nothing is read back from the device.
-
-    section: for dense input, the items of so many documents come before the next, those that see most keys first; 0
-        leaves every table in the rows' order.
-    """
+def query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int) -> tuple[torch.Tensor, int]:
+    """The query table of a call, and an upper bound of its items; nothing is read back from the device."""
     if cu_seqlens_q is None:
         batch, len_q, heads, _ = q.shape
-        table = _dense_query_table(batch, len_q, k.shape[1], heads, block_m, section, q.device)
+        table = _dense_query_table(batch, len_q, k.shape[1], heads, block_m, q.device)
         return table, batch * launch.cdiv(len_q, block_m)
     return _packed_table(query_table_kernel, q.shape[0], cu_seqlens_q, cu_seqlens_k, block_m, BLOCK_M=block_m)
+
+
+def dense_schedule(q, k, block_m: int, block_n: int, params, programs: int) -> torch.Tensor:
+    """Who does which piece of dense work: where each program's pieces begin [programs + 1], then the pieces.
+
+    Pieces go in sections of documents and heads whose keys and values fit into L2 together, those that see most keys
+    first, each to the program that is free first. Dealt out in turn instead, the long pieces of short sections meet the
+    same programs again and again.
+    """
+    window = (params.window_left, params.window_right)
+    return _dense_schedule(tuple(q.shape), tuple(k.shape), block_m, block_n, window, programs, q.device)
+
+
+@functools.lru_cache(maxsize=64)
+def _dense_schedule(
+    q_shape: tuple[int, ...],
+    k_shape: tuple[int, ...],
+    block_m: int,
+    block_n: int,
+    window: tuple[int, int],
+    programs: int,
+    device: torch.device,
+) -> torch.Tensor:
+    batch, len_q, heads, head_dim = q_shape
+    _, len_k, kv_heads, _ = k_shape
+    sections = forward_sections(batch, len_k, heads, kv_heads, head_dim)
+    costs = [_tiles(m, block_m, block_n, len_q, len_k, window) for m in range(launch.cdiv(len_q, block_m))]
+    free = [(0, program) for program in range(programs)]
+    pieces: list[list[int]] = [[] for _ in range(programs)]
+    for m, document, head in _pieces(batch, heads, sections, len(costs)):
+        busy_until, program = heapq.heappop(free)
+        pieces[program].append((document * len(costs) + m) * heads + head)
+        heapq.heappush(free, (busy_until + costs[m] + ITEM_COST, program))
+    starts = [0, *itertools.accumulate(map(len, pieces))]
+    return torch.tensor(starts + list(itertools.chain(*pieces)), dtype=torch.int32).to(device)
+
+
+def _pieces(batch: int, heads: int, sections: tuple[int, int], n_blocks: int) -> Iterator[tuple[int, int, int]]:
+    """(block of queries, document, head), section by section; the last queries, which see most keys, come first."""
+    documents, section_heads = sections
+    for first_document in range(0, batch, documents):
+        for first_head in range(0, heads, section_heads):
+            yield from itertools.product(
+                reversed(range(n_blocks)),
+                range(first_document, first_document + documents),
+                range(first_head, first_head + section_heads),
+            )
+
+
+def _tiles(m: int, block_m: int, block_n: int, len_q: int, len_k: int, window: tuple[int, int]) -> int:
+    """Key tiles that block m of the queries sees, as `key_tiles` of the kernel has it."""
+    left, right = window
+    position = m * block_m + len_k - len_q
+    high = len_k if right < 0 else min(len_k, position + min(len_q - m * block_m, block_m) + right)
+    last = launch.cdiv(max(high, 1), block_n)
+    return last if left < 0 else last - min(max(position - left, 0) // block_n, last - 1)
 
 
 def key_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int, block_n: int) -> tuple[torch.Tensor, int]:
@@ -185,19 +247,14 @@ def _packed_table(
 
 @functools.lru_cache(maxsize=64)
 def _dense_query_table(
-    batch: int, len_q: int, len_k: int, heads: int, block_m: int, section: int, device: torch.device
+    batch: int, len_q: int, len_k: int, heads: int, block_m: int, device: torch.device
 ) -> torch.Tensor:
     n_blocks = launch.cdiv(len_q, block_m)
     item = torch.arange(batch * n_blocks, device=device, dtype=torch.int32)
-    if section:  # the last queries see most keys
-        begun, rest = item // (section * n_blocks), item % (section * n_blocks)
-        document, start = begun * section + rest % section, (n_blocks - 1 - rest // section) * block_m
-    else:
-        document, start = item // n_blocks, item % n_blocks * block_m
+    document, start = item // n_blocks, item % n_blocks * block_m
     keys = torch.full_like(item, len_k)
     row_lse = document * heads * len_q + start
-    fields = (document * len_q + start, len_q - start, document * len_k, keys, start + (len_k - len_q), row_lse)
-    return _table(*fields, section=section * n_blocks)
+    return _table(document * len_q + start, len_q - start, document * len_k, keys, start + (len_k - len_q), row_lse)
 
 
 @functools.lru_cache(maxsize=64)
@@ -212,10 +269,9 @@ def _dense_key_table(
     return _table(document * len_k, keys, document * len_q, queries, item % n_blocks, first_block)
 
 
-def _table(*fields: torch.Tensor, section: int = 0) -> torch.Tensor:
+def _table(*fields: torch.Tensor) -> torch.Tensor:
     n_items = fields[0].numel()
     table = fields[0].new_zeros(n_items + 1, FIELDS.value)
     table[0, 0] = n_items
-    table[0, 1] = section
     table[1:, : len(fields)] = torch.stack(fields, 1)
     return table.view(-1)
