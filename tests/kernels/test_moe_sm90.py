@@ -73,6 +73,8 @@ def run_hopper(tensors, dout, emulator, monkeypatch, needs):
         patch.setattr("tilestack.kernels.launch.multiprocessors", lambda tensor: 2)
         x, gate_up, down, topk_ids, topk_weights = tensors
         out, *auxiliary = sm90_gluon.forward(*tensors, MoEParams())
+        fake = sm90_gluon.fake_auxiliary(*tensors, MoEParams())
+        assert [(each.shape, each.dtype) for each in auxiliary] == [(each.shape, each.dtype) for each in fake]
         saved = (x, gate_up, down, topk_ids, topk_weights, *auxiliary)
         gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=MoEParams())
     return {"out": out} | dict(zip(needs, gradients, strict=True))

@@ -179,12 +179,13 @@ def load_and_activate(dout, weight_desc, pre_activation, dpre_activation, weight
         if HAS_WEIGHTS:
             weight_0 = gl.load(weights + gl.maximum(routes_0, 0), mask=routes_0 >= 0, other=0.0)
             weight_1 = gl.load(weights + gl.maximum(routes_1, 0), mask=routes_1 >= 0, other=0.0)
-            weight_s.index(turn * 2).store(weight_0)
-            weight_s.index(turn * 2 + 1).store(weight_1)
         gate, up = load_chunk(pre_activation, before_row + rows, before_n * 256, units, I)
         dweight = gl.zeros([32], gl.float32, gl.SliceLayout(1, layout))
         stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
                             0, LEAD * is_tile, stage, phase, H, STAGES)  # fmt: skip
+        if HAS_WEIGHTS:  # here, so that no stage waits for these loads
+            weight_s.index(turn * 2).store(weight_0)
+            weight_s.index(turn * 2 + 1).store(weight_1)
         for piece in range(pieces):
             stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
                                 LEAD + piece * SPACING, SPACING * is_tile, stage, phase, H, STAGES)  # fmt: skip
