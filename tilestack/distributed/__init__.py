@@ -2,8 +2,9 @@
 
 from tilestack.distributed.checkpoint import CheckpointError
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.engine import Engine, StepResult, make_engine
-from tilestack.distributed.launch import LaunchError, World, build_model, start
+from tilestack.distributed.engine import Engine, StepResult
+from tilestack.distributed.launch import build_model, make_engine, start
+from tilestack.distributed.world import LaunchError, World
 
 __all__ = [
     "CheckpointError",

@@ -29,8 +29,8 @@ from tilestack.distributed.checkpoint import CheckpointError, read_state, write_
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig
 from tilestack.distributed.deepspeed_settings import construction_settings, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
-from tilestack.distributed.launch import World
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.world import World
 from tilestack.models import ZERO3_LEAF_CLASSES, restore_rotary_frequencies
 
 TAG = "deepspeed"

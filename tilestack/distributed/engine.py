@@ -1,4 +1,4 @@
-"""What every engine can do, and the choice of one."""
+"""What every engine can do: the contract."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-
-from tilestack.distributed.config import DistributedConfig, OptimizerConfig
-from tilestack.distributed.launch import current_world, uses_deepspeed
-from tilestack.models import Qwen3MoeForCausalLM
 
 MicroBatch = dict[str, torch.Tensor | int]
 
@@ -73,46 +69,3 @@ class Engine(Protocol):
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint in the hub's layout; every rank calls it, rank 0 writes."""
         ...
-
-
-def make_engine(
-    model: torch.nn.Module,
-    optimizer: OptimizerConfig,
-    distributed: DistributedConfig,
-    accumulation: int,
-    activation_checkpointing: bool = False,
-) -> Engine:
-    """The engine that trains `model`: our own for one process, DeepSpeed from two on (or when asked for by name).
-
-    model: a tilestack.Qwen3MoeForCausalLM (or a transformers one after tilestack.enable), built inside
-        `launch.build_model`. Its dtype decides the precision: bfloat16 weights get float32 master weights and moments,
-        float32 ones are trained as they are.
-    accumulation: micro-batches per step and rank.
-    activation_checkpointing: keep only the inputs of each layer and compute the rest again in the backward pass.
-
-    Raises ValueError for an accumulation below 1, another model, or weights that are neither bfloat16 nor float32.
-    """
-    if not isinstance(model, Qwen3MoeForCausalLM):
-        raise ValueError(
-            f"model must be a tilestack.Qwen3MoeForCausalLM, got {type(model).__module__}.{type(model).__name__}; "
-            "load it by that class, or call tilestack.enable(model)"
-        )
-    if accumulation < 1:
-        raise ValueError(f"accumulation must be at least 1, got {accumulation}")
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    if dtypes not in ({torch.float32}, {torch.bfloat16}):
-        found = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise ValueError(
-            f"the model's weights must be all float32 or all bfloat16, got {found}; set `dtype` at loading"
-        )
-    if activation_checkpointing:
-        # reentrant checkpointing would drop the gradient of the load-balancing loss
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    world = current_world()
-    if uses_deepspeed(distributed, world):
-        from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
-
-        return DeepSpeedEngine(model, optimizer, distributed, accumulation, world)
-    from tilestack.distributed.local import LocalEngine
-
-    return LocalEngine(model, optimizer, accumulation, world)

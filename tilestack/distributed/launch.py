@@ -1,4 +1,4 @@
-"""Processes: who this one is, what it must have before DeepSpeed starts, and how a model is built for ZeRO-3."""
+"""The three calls that start a training: join the processes, build the model for them, make the engine."""
 
 from __future__ import annotations
 
@@ -8,42 +8,15 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tilestack.distributed.config import DistributedConfig
-
-
-class LaunchError(RuntimeError):
-    """Training cannot start on this machine as it was asked to; the message says what to install or to change."""
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all: its rank, how many there are, and the device it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-
-def current_world() -> World:
-    """Who this process is, from the variables that torchrun sets; alone if there are none.
-
-    Raises LaunchError if a GPU is missing for a process of this machine.
-    """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise LaunchError(
-                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                f"start at most as many processes (torchrun --nproc-per-node {torch.cuda.device_count()})"
-            )
-        device = torch.device("cuda", local_rank)
-    return World(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), device)
+from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+from tilestack.distributed.engine import Engine
+from tilestack.distributed.local import LocalEngine
+from tilestack.distributed.world import LaunchError, World, current_world
+from tilestack.models import Qwen3MoeForCausalLM
 
 
 def uses_deepspeed(distributed: DistributedConfig, world: World) -> bool:
@@ -87,6 +60,47 @@ def build_model(distributed: DistributedConfig, dtype: torch.dtype) -> Iterator[
 
     with partitioned_construction(distributed, dtype):
         yield
+
+
+def make_engine(
+    model: torch.nn.Module,
+    optimizer: OptimizerConfig,
+    distributed: DistributedConfig,
+    accumulation: int,
+    activation_checkpointing: bool = False,
+) -> Engine:
+    """The engine that trains `model`: our own for one process, DeepSpeed from two on (or when asked for by name).
+
+    model: a tilestack.Qwen3MoeForCausalLM (or a transformers one after tilestack.enable), built inside
+        `build_model`. Its dtype decides the precision: bfloat16 weights get float32 master weights and moments,
+        float32 ones are trained as they are.
+    accumulation: micro-batches per step and rank.
+    activation_checkpointing: keep only the inputs of each layer and compute the rest again in the backward pass.
+
+    Raises ValueError for an accumulation below 1, another model, or weights that are neither bfloat16 nor float32.
+    """
+    if not isinstance(model, Qwen3MoeForCausalLM):
+        raise ValueError(
+            f"model must be a tilestack.Qwen3MoeForCausalLM, got {type(model).__module__}.{type(model).__name__}; "
+            "load it by that class, or call tilestack.enable(model)"
+        )
+    if accumulation < 1:
+        raise ValueError(f"accumulation must be at least 1, got {accumulation}")
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    if dtypes not in ({torch.float32}, {torch.bfloat16}):
+        found = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise ValueError(
+            f"the model's weights must be all float32 or all bfloat16, got {found}; set `dtype` at loading"
+        )
+    if activation_checkpointing:
+        # reentrant checkpointing would drop the gradient of the load-balancing loss
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    world = current_world()
+    if uses_deepspeed(distributed, world):
+        from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
+
+        return DeepSpeedEngine(model, optimizer, distributed, accumulation, world)
+    return LocalEngine(model, optimizer, accumulation, world)
 
 
 def check_deepspeed(device: torch.device) -> None:

@@ -11,8 +11,8 @@ import torch
 from tilestack.distributed.checkpoint import read_state, read_tensors, write_state, write_tensors
 from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
-from tilestack.distributed.launch import World
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.world import World
 from tilestack.kernels import adamw
 
 
