@@ -44,6 +44,7 @@ def _small_calls(op_name: str, monkeypatch) -> list[tuple[str, Op, Call, str]]:
         tensors = case.make(cases.dtypes[-1], torch.device("cpu"), torch.Generator().manual_seed(0))
         with monkeypatch.context() as patch:
             patch.setattr(Op, "choose", recording)
+            patch.setattr(ops()[op_name], "_choices", {})
             cases.call(tensors, case.arguments, None)
     assert found, "no case asked the dispatcher"
     return found
@@ -97,6 +98,32 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_names():
         OP.choose(_call(CPU), "tilestack-tritan")
     assert "did you mean 'tilestack-triton'?" in str(error.value)
     assert "'auto', 'tilestack-triton', 'reference'" in str(error.value)
+
+
+def test_a_choice_is_remembered_until_something_that_it_depends_on_changes(monkeypatch):
+    asked, choose = [], Op.choose
+    monkeypatch.setattr(OP, "_choices", {})
+    monkeypatch.setattr(Op, "choose", lambda op, call, name=None: asked.append(call) or choose(op, call, name))
+    x, weight = torch.ones(2, 4), torch.ones(4)
+    new = [
+        lambda: rms_norm(x, weight),
+        lambda: rms_norm(x.double(), weight.double()),
+        lambda: rms_norm(x.T.contiguous().T, weight),
+        lambda: rms_norm(x, weight.clone().requires_grad_()),
+        lambda: rms_norm(x, weight, eps=1e-5),
+        lambda: rms_norm(x, weight, implementation="reference"),
+    ]
+    for number, each in enumerate(new, start=1):
+        each()
+        each()
+        assert len(asked) == number
+
+
+def test_a_refusal_is_not_remembered_as_a_choice(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="runs on cuda"):
+            rms_norm(torch.ones(2, 4), torch.ones(4), implementation="tilestack-triton")
 
 
 def test_auto_and_none_mean_the_same():

@@ -6,6 +6,8 @@ barriers, fast reciprocals and packed conversions. `testing/gluon_emulator.py` h
 
 from __future__ import annotations
 
+import functools
+
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -109,6 +111,7 @@ def narrow(x, dtype: gl.constexpr):
         )
 
 
+@functools.cache  # Gluon checks a layout for ten microseconds
 def swizzled(bits: int, rank: int = 2, width: int = 128) -> gl.NVMMASharedLayout:
     """The shared-memory layout that TMA writes and wgmma reads: rows of `width` bytes, swizzled (0: plain)."""
     return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)

@@ -147,6 +147,7 @@ class Op:
     ):
         self.contract = contract
         self.implementations = implementations
+        self._choices: dict[tuple, Implementation] = {}
         self._missing = {each.name: _missing(each.packages) for each in implementations}
         self._registered = {
             each.name: registration.register(contract, each.suffix, each.module)
@@ -161,8 +162,12 @@ class Op:
         tensors: in the contract's order, None where an optional one is absent. Returns the contract's outputs: an
         empty tuple from an op that works in place.
         """
-        chosen = self.choose(self._describe(tensors, params), implementation)
-        results = self._registered[chosen.name](tensors, params)
+        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if torch.compiler.is_compiling():  # shapes may be symbols, which are no keys
+            chosen = self.choose(self._describe(tensors, params, needs_grad), implementation)
+        else:
+            chosen = self._choose_again(tensors, params, needs_grad, implementation)
+        results = self._registered[chosen.name](tensors, params, needs_grad)
         results = results if isinstance(results, tuple) else (results,)
         return results[: len(self.contract.outputs)]
 
@@ -213,16 +218,33 @@ class Op:
             raise UnsupportedError(f"{self.contract.op}: implementation={name!r} cannot take this call: {reason}")
         return chosen
 
-    def _describe(self, tensors: tuple[torch.Tensor | None, ...], params: Any) -> Call:
-        first = next(tensor for tensor in tensors if tensor is not None)
-        needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    def _choose_again(
+        self, tensors: tuple, params: Any, needs_grad: bool, implementation: str | None
+    ) -> Implementation:
+        """`choose`, remembered by all that it depends on: asking takes several times as long as looking it up."""
+        specs = tuple([None if t is None else (t.shape, t.dtype, t.stride()) for t in tensors])
+        key = (Device.of(_first(tensors).device), specs, params, needs_grad, implementation, interpreting())
+        chosen = self._choices.get(key)
+        if chosen is None:
+            chosen = self.choose(self._describe(tensors, params, needs_grad), implementation)
+            if len(self._choices) >= _MOST_CHOICES:
+                self._choices.clear()
+            self._choices[key] = chosen
+        return chosen
+
+    def _describe(self, tensors: tuple[torch.Tensor | None, ...], params: Any, needs_grad: bool) -> Call:
         specs = {
             name: None if tensor is None else TensorSpec.of(tensor)
             for name, tensor in zip(self.contract.input_names, tensors, strict=True)
         }
-        return Call(Device.of(first.device), specs, params, needs_grad)
+        return Call(Device.of(_first(tensors).device), specs, params, needs_grad)
 
 
+def _first(tensors: tuple[torch.Tensor | None, ...]) -> torch.Tensor:
+    return next(tensor for tensor in tensors if tensor is not None)
+
+
+_MOST_CHOICES = 4096  # of one op: packed batches have new shapes at each step
 _OPS: dict[str, Op] = {}
 
 

@@ -144,7 +144,7 @@ def _pretending(name: str) -> Iterator[None]:
     with (
         mock.patch.object(device_facts, "_FACTS", facts),
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"), create=True),
-        mock.patch.object(torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "current_device", lambda: None),  # the index of a meta tensor's device
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
     ):
         triton.runtime.driver.set_active(_PretendDriver(name))
@@ -179,7 +179,7 @@ class _Direct:
         self._contract = op.contract
         self.module = op._registered[implementation].module
 
-    def __call__(self, tensors: tuple, params: Any) -> tuple:
+    def __call__(self, tensors: tuple, params: Any, needs_grad: bool) -> tuple:
         with torch.no_grad():
             if isinstance(self._contract, InPlaceContract):
                 self.module.update(*tensors, params)

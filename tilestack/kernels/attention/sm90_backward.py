@@ -21,8 +21,6 @@ with each document; a row that is no query, or sees no key, gets lse = inf: its 
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import triton
 import triton.language as tl
@@ -419,7 +417,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs
             backward_section(n_columns, config.HEADS, q.shape[-3], head_dim), n_blocks,
             params.window_left, params.window_right,
             params.softmax_scale, params.softmax_scale * LOG2E, kv_heads * head_dim, GROUP=group, D=head_dim,
-            **asdict(config), HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=8,
+            **vars(config), HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=8,
         )  # fmt: skip
         finish_dq_kernel[(n_blocks, heads)](
             dq_scratch, dq, blocks, params.softmax_scale, heads * head_dim, n_blocks, BLOCK_M=block_m, **constants

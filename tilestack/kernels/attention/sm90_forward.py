@@ -19,8 +19,6 @@ no key ends with out = 0 and lse = -inf.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
 from tilestack.kernels import launch
@@ -314,7 +312,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
             q_desc, k_desc, v_desc, o_desc, out, lse,
             items, schedule, heads, params.window_left, params.window_right,
             params.softmax_scale * LOG2E, lse.shape[-1], heads * head_dim,
-            GROUP=heads // k.shape[-2], D=head_dim, **asdict(config),
+            GROUP=heads // k.shape[-2], D=head_dim, **vars(config),
             SCHEDULED=dense, HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=4,
         )  # fmt: skip
     return out, lse
