@@ -1,6 +1,8 @@
 """What is checked before training starts, and the configuration that DeepSpeed gets."""
 
 import json
+import os
+import time
 from pickle import UnpicklingError
 
 import pytest
@@ -28,6 +30,17 @@ def test_missing_python_headers_are_said_with_what_to_install(monkeypatch, tmp_p
     monkeypatch.setattr(launch.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(LaunchError, match=r"Python\.h.*apt install python3-dev"):
         launch.check_deepspeed(CPU)
+
+
+@pytest.mark.parametrize("age", [0, 600])
+def test_an_old_lock_of_a_killed_compilation_is_named_with_what_to_do(monkeypatch, tmp_path, capsys, age):
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - age, time.time() - age))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    launch.check_deepspeed(torch.device("cpu"))
+    assert (f"remove {lock}" in capsys.readouterr().err) == (age > 0)
 
 
 def test_missing_deepspeed_is_said_with_what_to_install(monkeypatch):

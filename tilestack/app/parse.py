@@ -215,7 +215,7 @@ def _type_in_words(kind: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type_in_words(each) for each in arguments)
     if origin is list:
-        return f"a list, each {_type_in_words(arguments[0])}"
+        return f"a list in brackets, such as [a,b], each {_type_in_words(arguments[0])}"
     if origin is tuple:
         return f"a list of {len(arguments)}: " + ", ".join(_type_in_words(each) for each in arguments)
     return str(kind)

@@ -6,7 +6,9 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import sys
 import sysconfig
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,6 +131,23 @@ def check_deepspeed(device: torch.device) -> None:
             "python3-devel), or train in one process, which needs none"
         )
     _find_ninja()
+    _tell_of_an_old_lock()
+
+
+def _tell_of_an_old_lock() -> None:
+    """A process that was killed while it compiled leaves a lock, for which torch waits without a word and for ever."""
+    from torch.utils.cpp_extension import get_default_build_root  # needs setuptools, as DeepSpeed does
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/deepspeed_shm_comm/lock"):
+        minutes = (time.time() - lock.stat().st_mtime) / 60
+        if minutes > 2 and os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                f"waiting for the process that began to compile DeepSpeed's C++ extension {minutes:.0f} minutes ago; "
+                f"if there is none any more, stop this one and remove {lock}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _find_ninja() -> None:
