@@ -20,6 +20,7 @@ QUICK = ("sm_80", "sm_90", "gfx942")
 ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("attention_fwd_kernel", "sm_80"): (9, "with a left window, which needs a third loop"),
     ("attention_bwd_dk_dv_kernel", "sm_90"): (147, "what a loop does not change; its body reloads, and stores nothing"),
+    ("attention_forward_kernel", "sm_90"): (11, "causal, with Triton 3.8 alone; none with 3.6"),
     ("attention_backward_kernel", "sm_90"): (2, "with Triton 3.7 alone; none with 3.6"),
     ("attention_bwd_dk_dv_kernel", "sm_100"): (85, "packed input and single queries; as on sm_90"),
 }
