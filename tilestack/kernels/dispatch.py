@@ -163,7 +163,8 @@ class Op:
         empty tuple from an op that works in place.
         """
         needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        if torch.compiler.is_compiling():  # shapes may be symbols, which are no keys
+        in_place = isinstance(self.contract, registration.InPlaceContract)
+        if torch.compiler.is_compiling() or in_place:  # symbols are no keys; adamw's params differ with every step
             chosen = self.choose(self._describe(tensors, params, needs_grad), implementation)
         else:
             chosen = self._choose_again(tensors, params, needs_grad, implementation)
