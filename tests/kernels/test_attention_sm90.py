@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tilestack.kernels.attention import reference, sm90_backward, sm90_forward, sm90_schedule
+from tilestack.kernels.attention import reference, sm90_backward, sm90_forward, sm90_gluon, sm90_schedule
 from tilestack.kernels.attention.layout import rows_by_heads
 from tilestack.kernels.attention.op import AttentionParams
+from tilestack.kernels.device import Device
+from tilestack.kernels.dispatch import Call, TensorSpec
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
@@ -85,6 +87,19 @@ def test_rows_that_lie_over_one_another_are_copied_for_tma_and_others_are_not(sh
 def test_sections_of_documents_and_heads_leave_nothing_out(section, monkeypatch):
     monkeypatch.setattr(sm90_schedule, "forward_sections", lambda *_: section)
     assert_right(run((2, 300, 300, 4, 4, 64, True, (-1, -1), {}), Emulator(), monkeypatch))
+
+
+@pytest.mark.parametrize(
+    ("documents", "queries", "taken"), [(4096, 65536, False), (1024, 4096, True), (64, 16384, True)]
+)
+def test_very_many_very_short_documents_are_refused_with_gradients(documents, queries, taken):
+    rows = TensorSpec.contiguous((queries, 4, 64), torch.bfloat16)
+    offsets = TensorSpec.contiguous((documents + 1,), torch.int32)
+    tensors = {"q": rows, "k": rows, "v": rows, "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    params = AttentionParams(0.125, True, -1, 0, -1, -1, False)
+    device = Device("cuda", "sm_90", "an H100")
+    assert (sm90_gluon.refuses(Call(device, tensors, params, needs_grad=True)) is None) == taken
+    assert sm90_gluon.refuses(Call(device, tensors, params, needs_grad=False)) is None
 
 
 FORWARD, BACKWARD = "sm90_forward", "sm90_backward"

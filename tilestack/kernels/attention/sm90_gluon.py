@@ -26,4 +26,13 @@ def refuses(call: Call) -> str | None:
     *rows, heads, _ = call.shape("q")
     if torch.Size(rows).numel() * heads * 2 >= 2**31:
         return "counts queries times heads in 32 bits"
+    if call.tensors["cu_seqlens_q"] is not None and call.needs_grad:
+        return _refuses_short_documents(call.shape("cu_seqlens_q")[0] - 1, rows[0])
+    return None
+
+
+def _refuses_short_documents(documents: int, queries: int) -> str | None:
+    # the backward keeps float32 dQ in blocks of 64 queries that begin with each document
+    if documents > 1024 and queries < 32 * documents:
+        return f"keeps 64 queries of scratch for each document, too much for {documents} of {queries} queries in all"
     return None
