@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels.attention.triton_blocks import load_rows, locate, sees, span, store_rows
-from tilestack.kernels.attention.triton_numerics import LN2, dot, exponent_unit, exponential
+from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential, logarithm
 
 
 @triton.jit
@@ -92,5 +92,5 @@ def attention_fwd_kernel(
     stride_s = n_heads * HEAD_DIM
     out_ptr += (batch * total_q + start_q) * stride_s + head * HEAD_DIM
     store_rows(out_ptr, first, stride_s, length_q, acc / total[:, None], BLOCK_M, HEAD_DIM, BLOCK_D)
-    lse = largest * (1.0 / exponent_unit(PRECISION)) + tl.log2(total) * LN2
+    lse = largest * (1.0 / exponent_unit(PRECISION)) + logarithm(total, PRECISION)
     tl.store(lse_ptr + (batch * n_heads + head) * total_q + start_q + rows, lse, mask=rows < length_q)

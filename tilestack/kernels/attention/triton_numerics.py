@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.9259630335e-08)  # log2 e less its float32
 LN2 = tl.constexpr(0.6931471805599453)
 TERMS = tl.constexpr(16)  # of one chain of multiply-adds; tl.dot takes no fewer
 
@@ -44,5 +45,20 @@ def exponent_unit(PRECISION: tl.constexpr):
 
 @triton.jit
 def exponential(x, PRECISION: tl.constexpr):
-    """e to the x, x in the kernel's unit."""
-    return tl.exp2(x * LOG2E) if PRECISION == "ieee" else tl.exp2(x)
+    """e to the x, x in the kernel's unit.
+
+    In float32 the product x log2 e rounds at the size of an exponent of 10 or 20, which every weight would show: what
+    it lost is multiplied back.
+    """
+    if PRECISION != "ieee":
+        return tl.exp2(x)
+    finite = tl.where(x == float("-inf"), 0.0, x)
+    lost = tl.fma(finite, tl.full(x.shape, LOG2E, tl.float32), -(finite * LOG2E)) + finite * LOG2E_LOW
+    result = tl.exp2(x * LOG2E)
+    return result + result * (lost * LN2)
+
+
+@triton.jit
+def logarithm(x, PRECISION: tl.constexpr):
+    """The natural logarithm; in float32 rounded once."""
+    return tl.log(x) if PRECISION == "ieee" else tl.log2(x) * LN2
