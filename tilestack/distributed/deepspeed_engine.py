@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import socket
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -40,16 +39,15 @@ def join(world: World) -> None:
     """Join the other processes, once; a single process without torchrun makes a group of its own."""
     if dist.is_initialized():
         return
-    if world.world_size == 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": port}.items():
-            os.environ.setdefault(name, str(value))
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     # DeepSpeed 0.19 calls what torch 2.13 renamed, in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.world_size == 1:
+        # DeepSpeed wants these set; the store in memory needs no port, which another program might take first
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 0}.items():
+            os.environ.setdefault(name, str(value))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with _quiet():
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
