@@ -1,5 +1,6 @@
 """The Makefile does what the README says of it."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,10 @@ CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 
 
 def commands(*words: str) -> list[str]:
-    """What make would run, as on a fresh machine."""
-    done = subprocess.run(["make", "-n", "-B", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    """What make would run, as on a fresh machine; `make test` itself is no parent of it."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL")}
+    command = ["make", "-n", "-B", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
