@@ -151,7 +151,7 @@ def test_the_custom_op_is_registered_as_torch_wants_it(implementation):
         [*(arguments[name].detach()[None].requires_grad_() for name in "qkv"), None, None],
     ):
         op = getattr(torch.ops.tilestack, f"attention_forward_{implementation}").default
-        torch.library.opcheck(op, (*tensors, 0.3, True, -1, 0, -1, -1, False))
+        torch.library.opcheck(op, (*tensors, None, None, None, 0.3, True, -1, 0, -1, -1, False, 0.0, 0.0))
 
 
 def test_lse_carries_no_gradient():

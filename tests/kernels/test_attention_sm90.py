@@ -16,6 +16,7 @@ from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
 NEEDS = ("q", "k", "v")
+NO_FEATURES = (None, None, None)  # sinks, ALiBi slopes, the seed of dropout
 OFFSETS = {"cu_seqlens_q": [0, 5, 5, 140, 400, 500], "cu_seqlens_k": [0, 0, 30, 300, 420, 421]}
 CASES = {  # batch, queries, keys, query heads, key heads, head dimension, causal, window, offsets
     "causal, two heads of one key head": (1, 256, 256, 2, 1, 64, True, (-1, -1), {}),
@@ -51,8 +52,8 @@ def run(case, emulator, monkeypatch, dtype=torch.bfloat16, forward=sm90_forward,
     results = []
     for each, cast in ((None, dtype), (reference, dtype), (reference, torch.float64)):
         q, k, v = (tensor.to(cast) for tensor in tensors)
-        out, lse = (each or forward).forward(q, k, v, *cu_seqlens, params)
-        saved = (q, k, v, *cu_seqlens, lse) if each else (q, k, v, *cu_seqlens, out, lse)
+        out, lse = (each or forward).forward(q, k, v, *cu_seqlens, *NO_FEATURES, params)
+        saved = (q, k, v, *cu_seqlens, *NO_FEATURES, lse) if each else (q, k, v, *cu_seqlens, out, lse)
         gradients = (each or backward).backward(dout.to(cast), None, *saved, needs=NEEDS, params=params)
         results.append(dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True)))
     return results

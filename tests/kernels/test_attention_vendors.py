@@ -22,6 +22,7 @@ from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Call, TensorSpec, UnsupportedError
 
 H100 = Device("cuda", "sm_90", "an H100")
+NO_FEATURES = (None, None, None)  # sinks, ALiBi slopes, the seed of dropout
 SDPA = [vendor_sdpa_cudnn, vendor_sdpa_flash, vendor_sdpa_efficient]
 
 
@@ -113,9 +114,9 @@ def tensors(length_q, length_k, heads=(4, 2), *, offsets=None, head_dim=16):
 def agrees_with_the_reference(module, inputs, asked):
     q, k, v, cu_q, cu_k, dout = inputs
     needs = ("q", "k", "v")
-    want_out, want_lse = reference.forward(q, k, v, cu_q, cu_k, asked)
-    want = reference.backward(dout, None, q, k, v, cu_q, cu_k, want_lse, needs=needs, params=asked)
-    results = module.forward(q, k, v, cu_q, cu_k, asked)
+    want_out, want_lse = reference.forward(q, k, v, cu_q, cu_k, *NO_FEATURES, asked)
+    want = reference.backward(dout, None, q, k, v, cu_q, cu_k, *NO_FEATURES, want_lse, needs=needs, params=asked)
+    results = module.forward(q, k, v, cu_q, cu_k, *NO_FEATURES, asked)
     named = dict(zip(("out", "lse", *module.AUXILIARY), results, strict=True))
     named |= {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
     found = module.backward(dout, None, *[named[each] for each in module.SAVED], needs=needs, params=asked)
@@ -150,7 +151,7 @@ def aten_stand_ins(monkeypatch, kind, shape_lse):
 
     def forward(given):
         q, k, v = (each.transpose(1, 2) for each in (given.query, given.key, given.value))
-        out, lse = reference.forward(q, k, v, None, None, asked(given))
+        out, lse = reference.forward(q, k, v, None, None, *NO_FEATURES, asked(given))
         return out.transpose(1, 2), shape_lse(lse), *[None] * (2 if kind == "efficient" else 7)
 
     def backward(given):
@@ -161,9 +162,11 @@ def aten_stand_ins(monkeypatch, kind, shape_lse):
         if kind != "efficient":
             assert (given.max_q, given.max_k) == (q.shape[1], k.shape[1])
         lse = lse.reshape(*lse.shape[:2], -1)[..., : q.shape[1]]
-        want = reference.forward(q, k, v, None, None, asked(given))
+        want = reference.forward(q, k, v, None, None, *NO_FEATURES, asked(given))
         torch.testing.assert_close((out, lse), want)
-        found = reference.backward(dout, None, q, k, v, None, None, lse, needs=("q", "k", "v"), params=asked(given))
+        found = reference.backward(
+            dout, None, q, k, v, None, None, *NO_FEATURES, lse, needs=("q", "k", "v"), params=asked(given)
+        )
         return *[each.transpose(1, 2) for each in found], *[None] * (kind == "efficient")
 
     def with_bias(answer):
@@ -197,11 +200,11 @@ def test_torchs_operators_get_the_layout_scale_and_lse_that_they_want(
 def test_the_installed_torch_accepts_every_argument(module):
     q, k, v, dout = (torch.empty(2, 40, 4, 64, dtype=torch.bfloat16, device="meta") for _ in range(4))
     asked = params(causal=True)
-    results = module.forward(q, k, v, None, None, asked)
+    results = module.forward(q, k, v, None, None, *NO_FEATURES, asked)
     named = dict(zip(("out", "lse", *module.AUXILIARY), results, strict=True)) | {"q": q, "k": k, "v": v}
     assert (named["out"].shape, named["lse"].shape) == (q.shape, (2, 4, 40))
     if module.AUXILIARY:
-        fakes = module.fake_auxiliary(q, k, v, None, None, asked)
+        fakes = module.fake_auxiliary(q, k, v, None, None, *NO_FEATURES, asked)
         assert [each.shape for each in fakes] == [each.shape for each in results[2:]]
     found = module.backward(dout, None, *[named[e] for e in module.SAVED], needs=("q", "k", "v"), params=asked)
     assert [each.shape for each in found] == [q.shape] * 3
@@ -261,7 +264,7 @@ def flash_attn_2():
     ):
         assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
         options = asked(softmax_scale, causal, window_size_left, window_size_right)
-        out, lse = reference.forward(q, k, v, cu_q, cu_k, options)
+        out, lse = reference.forward(q, k, v, cu_q, cu_k, *NO_FEATURES, options)
         rows = slice(int(cu_q[-1]), None) if cu_q is not None else slice(0, 0)
         lse = torch.where(lse == -torch.inf, torch.inf, lse)  # what the kernels do
         lse[..., rows] = -torch.inf  # what zero_tensors does
@@ -331,7 +334,7 @@ def flash_attn_2():
         options = asked(softmax_scale, causal, window_size_left, window_size_right, deterministic)
         lse = torch.where(softmax_lse == torch.inf, -torch.inf, softmax_lse)
         needs = ("q", "k", "v")
-        found = reference.backward(dout, None, q, k, v, cu_q, cu_k, lse, needs=needs, params=options)
+        found = reference.backward(dout, None, q, k, v, cu_q, cu_k, *NO_FEATURES, lse, needs=needs, params=options)
         for target, each, cu in zip((dq, dk, dv), found, (cu_q, cu_k, cu_k), strict=True):
             target[slice(None) if cu is None else slice(int(cu[-1]))] = each if cu is None else within(cu, each)
 
@@ -410,7 +413,7 @@ def flash_attn_4():
     def fwd(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse, cu_seqlens_q=None,
             cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, out=None, lse=None):  # fmt: skip
         options = asked(softmax_scale, causal, window_size_left, window_size_right)
-        found = reference.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, options)
+        found = reference.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *NO_FEATURES, options)
         assert return_lse
         if cu_seqlens_q is None:
             return *found, None, None, None
@@ -424,7 +427,9 @@ def flash_attn_4():
             deterministic=False, dq=None, dk=None, dv=None):  # fmt: skip
         options = asked(softmax_scale, causal, window_size_left, window_size_right)
         needs = ("q", "k", "v")
-        found = reference.backward(dout, None, q, k, v, cu_seqlens_q, cu_seqlens_k, lse, needs=needs, params=options)
+        found = reference.backward(
+            dout, None, q, k, v, cu_seqlens_q, cu_seqlens_k, *NO_FEATURES, lse, needs=needs, params=options
+        )
         if cu_seqlens_q is None:
             return found
         offsets = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)
@@ -475,7 +480,7 @@ def xformers_fmha():
     def forward(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None, output_dtype=None):
         assert op is flash.FwOp
         inputs, offsets, asked = unpack(attn_bias, scale, query, key, value)
-        out, lse = reference.forward(*inputs, *offsets, asked)
+        out, lse = reference.forward(*inputs, *offsets, *NO_FEATURES, asked)
         lse = torch.where(lse == -torch.inf, torch.inf, lse)
         return (out[None], lse[None]) if offsets[0] is not None else (out, lse)
 
@@ -483,7 +488,7 @@ def xformers_fmha():
         assert op is flash.BwOp and not (lse == -torch.inf).any()
         (q, k, v, dout, _, lse), offsets, asked = unpack(attn_bias, scale, query, key, value, grad, output, lse)
         lse, needs = torch.where(lse == torch.inf, -torch.inf, lse), ("q", "k", "v")
-        found = reference.backward(dout, None, q, k, v, *offsets, lse, needs=needs, params=asked)
+        found = reference.backward(dout, None, q, k, v, *offsets, *NO_FEATURES, lse, needs=needs, params=asked)
         return found if offsets[0] is None else tuple(each[None] for each in found)
 
     bias = types.SimpleNamespace(LowerTriangularFromBottomRightMask=BottomRight, BlockDiagonalMask=BlockDiagonal)

@@ -182,7 +182,7 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
         "attention": call(
             AttentionParams(D**-0.5, True, -1, 0, longest, longest, False),
             q=spec(T, heads, D), k=spec(T, kv_heads, D), v=spec(T, kv_heads, D),
-            cu_seqlens_q=offsets, cu_seqlens_k=offsets,
+            cu_seqlens_q=offsets, cu_seqlens_k=offsets, sinks=None, alibi_slopes=None, dropout_seed=None,
         ),
         "moe": call(
             MoEParams(), x=spec(T, H), gate_up=experts, down=spec(E, H, I), topk_ids=ids,

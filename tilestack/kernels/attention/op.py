@@ -1,11 +1,13 @@
 """Scaled dot-product attention, dense and packed: the contract.
 
     s[i, j] = softmax_scale * q[i] . k[j]       where query i may see key j, else -inf
-    lse[i] = log(sum_j exp(s[i, j]))
-    out[i] = sum_j exp(s[i, j] - lse[i]) * v[j]
+    s[i, j] = softcap * tanh(s[i, j] / softcap)                 if there is a soft cap
+    s[i, j] = s[i, j] - slope[h] * |i + Sk - Sq - j|            if there are ALiBi slopes
+    lse[i] = log(sum_j exp(s[i, j]) + exp(sink[h]))             the last term if there are sinks
+    out[i] = sum_j D(exp(s[i, j] - lse[i])) * v[j]              D: dropout
 
-Source: Vaswani et al., "Attention Is All You Need" (2017), eq. 1; grouped queries: Ainslie et al. (2023); masks,
-packing and names: flash-attn 2.8.3.
+Source: Vaswani et al., "Attention Is All You Need" (2017), eq. 1; grouped queries: Ainslie et al. (2023); soft cap:
+Gemma 2 (2024); sinks: gpt-oss (2025); ALiBi: Press et al. (2022); masks, packing and names: flash-attn 2.8.3.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from tilestack.kernels import checks
+from tilestack.kernels.attention.dropout import draw_seed
 from tilestack.kernels.attention.layout import empty_lse
 from tilestack.kernels.attention.vendors import AFTER_TRITON, BEFORE_TRITON
 from tilestack.kernels.dispatch import Implementation, Op, portable, reference
@@ -29,6 +32,7 @@ class AttentionParams:
     causal: exactly window_right == 0.
     window_left, window_right: keys seen to the left and right of the query's own position; -1 is no limit.
     max_seqlen_q, max_seqlen_k: packed input's longest document; -1 is unknown (and in dense input).
+    softcap, dropout_p: 0 is none.
     """
 
     softmax_scale: float
@@ -38,15 +42,17 @@ class AttentionParams:
     max_seqlen_q: int
     max_seqlen_k: int
     deterministic: bool
+    softcap: float = 0.0
+    dropout_p: float = 0.0
 
 
-def _fake(q, k, v, cu_seqlens_q, cu_seqlens_k, params: AttentionParams) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(q, k, v, *rest) -> tuple[torch.Tensor, torch.Tensor]:
     return q.new_empty(q.shape), empty_lse(q)
 
 
 CONTRACT = Contract(
     "attention",
-    ("q", "k", "v", "cu_seqlens_q?", "cu_seqlens_k?"),
+    ("q", "k", "v", "cu_seqlens_q?", "cu_seqlens_k?", "sinks?", "alibi_slopes?", "dropout_seed?"),
     ("out", "lse"),
     AttentionParams,
     _fake,
@@ -75,6 +81,11 @@ def attention(
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: torch.Tensor | None = None,
     deterministic: bool = False,
     return_lse: bool = False,
     implementation: str | None = None,
@@ -93,16 +104,28 @@ def attention(
         checked; rows after the last offset belong to no document.
     max_seqlen_q, max_seqlen_k: packed input only: no document is longer; None is unknown, which costs a few empty
         thread blocks.
+    softcap: more than 0: scores are softcap * tanh(score / softcap), before ALiBi and the mask; 0 is none.
+    sinks: [Hq], floating point: each head's logit of one more key, which every query sees and whose value is 0.
+        Differentiable.
+    alibi_slopes: [Hq], or [B, Hq] (packed: [documents, Hq]), float32 (float64 for float64 input): scores are
+        lessened by slope * |i + Sk - Sq - j|. No gradient flows to them.
+    dropout_p: in [0, 1): this share of the probabilities is dropped, the rest divided by 1 - dropout_p. lse is that of
+        all keys.
+    dropout_seed: int64 [2], (seed, offset), on the device of q: fixes what is dropped (dropout.py says how). None draws
+        it from the device's default generator, so that torch.manual_seed fixes it.
     deterministic: the gradients must have the same bits each time.
     return_lse: also return the log-sum-exp.
     implementation: a name of `tilestack.kernels.ops()["attention"].implementations`; None chooses.
 
     Returns `out` like q, or `(out, lse)`: lse is [B, Hq, Sq] or [Hq, Tq], float32 (float64 for float64 input), and
-    carries no gradient. A query that sees no key gives out = 0, lse = -inf and zero gradients.
+    carries no gradient. A query that sees no key gives out = 0, zero gradients, and lse = -inf,
+    or its head's sink.
     Raises ValueError for wrong shapes, dtypes, devices or numbers.
     """
     _check_tensors(q, k, v)
     _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes)
+    _check_dropout(q, dropout_p, dropout_seed)
     left, right = _window(window_size, causal)
     params = AttentionParams(
         softmax_scale=_scale(softmax_scale, q.shape[-1]),
@@ -112,8 +135,15 @@ def attention(
         max_seqlen_q=-1 if max_seqlen_q is None else max_seqlen_q,
         max_seqlen_k=-1 if max_seqlen_k is None else max_seqlen_k,
         deterministic=deterministic,
+        softcap=float(softcap),
+        dropout_p=float(dropout_p),
     )
-    out, lse = OP((q, k, v, cu_seqlens_q, cu_seqlens_k), params, implementation)
+    slopes = None if alibi_slopes is None else alibi_slopes.detach()
+    if not dropout_p:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = draw_seed(q.device)
+    out, lse = OP((q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, slopes, dropout_seed), params, implementation)
     return (out, lse) if return_lse else out
 
 
@@ -155,6 +185,39 @@ def _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
             checks.at_least("attention", f"max_seqlen_{side}", max_seqlen, 0)
     if packed:
         checks.shape("attention", "cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "as many as cu_seqlens_q")
+
+
+def _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes) -> None:
+    _check_number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"attention: softcap must be a finite number, 0 (none) or more, got {softcap!r}")
+    heads = q.shape[-2]
+    if sinks is not None:
+        checks.floating("attention", sinks=sinks)
+        checks.same_device("attention", q=q, sinks=sinks)
+        checks.shape("attention", "sinks", sinks, (heads,), "one for each head of q")
+    if alibi_slopes is not None:
+        checks.dtype("attention", "alibi_slopes", alibi_slopes, torch.promote_types(torch.float32, q.dtype))
+        checks.same_device("attention", q=q, alibi_slopes=alibi_slopes)
+        checks.rank("attention", "alibi_slopes", alibi_slopes, (1, 2), "[Hq], [B, Hq] or packed [documents, Hq]")
+        sequences = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+        expected = (heads,) if alibi_slopes.dim() == 1 else (sequences, heads)
+        checks.shape("attention", "alibi_slopes", alibi_slopes, expected, "the heads of q, for all sequences or each")
+
+
+def _check_dropout(q: torch.Tensor, dropout_p: float, dropout_seed: torch.Tensor | None) -> None:
+    _check_number("dropout_p", dropout_p)
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"attention: dropout_p must be at least 0 and less than 1, got {dropout_p!r}")
+    if dropout_seed is not None:
+        checks.dtype("attention", "dropout_seed", dropout_seed, torch.int64)
+        checks.same_device("attention", q=q, dropout_seed=dropout_seed)
+        checks.shape("attention", "dropout_seed", dropout_seed, (2,), "seed and offset")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"attention: {name} must be a number, got {type(value).__name__}")
 
 
 def _check_absent(name: str, value: object, q: torch.Tensor) -> None:

@@ -8,74 +8,112 @@ the offsets are read on the host: on a GPU this waits for the device.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from tilestack.kernels.attention.layout import empty_lse
+from tilestack.kernels.attention.dropout import dropout_mask
+from tilestack.kernels.attention.features import lse_of_no_keys, sink_gradient
 from tilestack.kernels.dispatch import Call
 
 AUXILIARY = ()
-SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "lse")
+SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "sinks", "alibi_slopes", "dropout_seed", "lse")
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What a call has beyond q, k and v; first: which of all sequences is the first of those at hand."""
+
+    params: Any
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    dropout_seed: torch.Tensor | None
+    first: int = 0
 
 
 def refuses(call: Call) -> str | None:
     return None
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
+    options = _Options(params, sinks, alibi_slopes, dropout_seed)
     if cu_seqlens_q is None:
-        return _forward(q, k, v, params)
-    out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), empty_lse(q).fill_(-torch.inf)
-    for rows, columns in _documents(cu_seqlens_q, cu_seqlens_k):
-        document = _forward(q[None, rows], k[None, columns], v[None, columns], params)
+        return _forward(q, k, v, options)
+    out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), lse_of_no_keys(q, sinks)
+    for index, rows, columns in _documents(cu_seqlens_q, cu_seqlens_k):
+        document = _forward(q[None, rows], k[None, columns], v[None, columns], replace(options, first=index))
         out[rows], lse[:, rows] = document[0][0], document[1][0]
     return out, lse
 
 
-def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, lse, *, needs, params):
+def backward(
+    dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, lse, *, needs, params
+):  # fmt: skip
+    options = _Options(params, sinks, alibi_slopes, dropout_seed)
     if cu_seqlens_q is None:
-        dq, dk, dv = _backward(dout, q, k, v, lse, params)
+        dq, dk, dv, delta = _backward(dout, q, k, v, lse, options)
     else:
         dq, dk, dv = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (q, k, v))
-        for rows, columns in _documents(cu_seqlens_q, cu_seqlens_k):
+        delta = torch.zeros_like(lse)
+        for index, rows, columns in _documents(cu_seqlens_q, cu_seqlens_k):
             document = _backward(
-                dout[None, rows], q[None, rows], k[None, columns], v[None, columns], lse[None, :, rows], params
-            )
-            dq[rows], dk[columns], dv[columns] = (each[0] for each in document)
+                dout[None, rows], q[None, rows], k[None, columns], v[None, columns], lse[None, :, rows],
+                replace(options, first=index),
+            )  # fmt: skip
+            dq[rows], dk[columns], dv[columns], delta[:, rows] = (each[0] for each in document)
     found = {"q": dq, "k": dk, "v": dv}
+    if "sinks" in needs:
+        found["sinks"] = sink_gradient(sinks, lse, delta)
     return tuple(found[name] for name in needs)
 
 
-def _documents(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Iterator[tuple[slice, slice]]:
+def _documents(cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor) -> Iterator[tuple[int, slice, slice]]:
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for index in range(len(starts_q) - 1):
-        yield slice(*starts_q[index : index + 2]), slice(*starts_k[index : index + 2])
+        yield index, slice(*starts_q[index : index + 2]), slice(*starts_k[index : index + 2])
 
 
-def _forward(q, k, v, params):
+def _forward(q, k, v, options):
     if k.shape[1] == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format), empty_lse(q).fill_(-torch.inf)
+        return torch.zeros_like(q, memory_format=torch.contiguous_format), lse_of_no_keys(q, options.sinks)
     q, k, v, group = _by_kv_head(q, k, v)
-    scores = _scores(q, k, group, params)
+    scores, _ = _scores(q, k, group, options)
     largest = scores.amax(-1, keepdim=True)
-    weights = scores.sub_(largest.masked_fill(largest == -torch.inf, 0)).exp_()  # a query may see no key
+    if options.sinks is not None:
+        sink = options.sinks.to(scores.dtype).repeat_interleave(q.shape[2] // group).view(q.shape[1], -1, 1)
+        largest = torch.maximum(largest, sink)
+    finite = largest.masked_fill(largest == -torch.inf, 0)  # a query may see no key
+    weights = scores.sub_(finite).exp_()
     total = weights.sum(-1, keepdim=True)
-    out = weights.div_(total.clamp_min(1)).to(v.dtype) @ v  # the largest weight is 1, unless there is none
+    if options.sinks is not None:
+        total += (sink - finite).exp_()
+    probabilities = weights.div_(total.clamp_min(1))  # the largest weight is 1, unless there is none
+    out = _dropped(probabilities, group, options).to(v.dtype) @ v
     lse = largest + total.log()
     return _by_query_head(out, group).transpose(1, 2).contiguous(), _by_query_head(lse, group)[..., 0].contiguous()
 
 
-def _backward(dout, q, k, v, lse, params):
-    """dv = P' dout; dS = P dP - P sum_j P dP, dP = dout v'; dq = scale dS k; dk = scale dS' q."""
+def _backward(dout, q, k, v, lse, options):
+    """dv = D(P)' dout; dS = P dP - P delta, dP = D(dout v'), delta = sum_j P dP; dq = scale dS k; dk = scale dS' q.
+
+    D is dropout; behind a soft cap, dS is multiplied by its derivative. Returns dq, dk, dv and delta.
+    """
     q, k, v, group = _by_kv_head(q, k, v)
     dout = dout.transpose(1, 2).reshape(q.shape)
-    probabilities = _probabilities(_scores(q, k, group, params), lse.reshape(q.shape[:-1]))
-    dv = probabilities.to(v.dtype).mT @ dout
-    dscores = (dout @ v.mT).to(probabilities.dtype).mul_(probabilities)  # in place: new memory costs more than sums
-    dscores.addcmul_(probabilities, dscores.sum(-1, keepdim=True), value=-1)
-    dscores = dscores.to(q.dtype).mul_(params.softmax_scale)
+    scores, tanh = _scores(q, k, group, options)
+    probabilities = _probabilities(scores, lse.reshape(q.shape[:-1]))
+    dv = _dropped(probabilities, group, options).to(v.dtype).mT @ dout
+    dscores = _dropped((dout @ v.mT).to(probabilities.dtype), group, options)
+    dscores = dscores.mul_(probabilities)  # in place: new memory costs more than sums
+    delta = dscores.sum(-1, keepdim=True)
+    dscores.addcmul_(probabilities, delta, value=-1)
+    if tanh is not None:
+        dscores.mul_(1 - tanh.square())
+    dscores = dscores.to(q.dtype).mul_(options.params.softmax_scale)
     gradients = _by_query_head(dscores @ k, group), dscores.mT @ q, dv
-    return tuple(each.transpose(1, 2).contiguous() for each in gradients)
+    delta = _by_query_head(delta, group)[..., 0]
+    return *(each.transpose(1, 2).contiguous() for each in gradients), delta
 
 
 def _by_kv_head(q, k, v):
@@ -93,29 +131,55 @@ def _by_query_head(tensor: torch.Tensor, group: int) -> torch.Tensor:
     return tensor.reshape(batch, kv_heads * group, rows // group, width)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, group: int, params) -> torch.Tensor:
+def _scores(q: torch.Tensor, k: torch.Tensor, group: int, options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scores, -inf where a query must not see a key, and the hyperbolic tangent of a soft cap."""
+    params, tanh = options.params, None
     scores = (q @ k.mT).mul_(params.softmax_scale)
     scores = scores.to(torch.promote_types(q.dtype, torch.float32))
-    if params.window_left < 0 and params.window_right < 0:
-        return scores
+    if params.softcap > 0:
+        tanh = scores.div_(params.softcap).tanh_()
+        scores = tanh * params.softcap
     length_q, length_k = q.shape[-2] // group, k.shape[-2]
-    hidden = _hidden(length_q, length_k, params, q.device)
+    own = torch.arange(length_q, device=q.device)[:, None] + length_k - length_q
+    keys = torch.arange(length_k, device=q.device)
     by_head = scores.view(*scores.shape[:2], group, length_q, length_k)
-    return by_head.masked_fill_(hidden, -torch.inf).view(scores.shape)
+    if options.alibi_slopes is not None:
+        slopes = _slopes(options, q.shape[0]).to(scores.dtype)
+        by_head -= slopes.view(slopes.shape[0], -1, group, 1, 1) * (own - keys).abs()
+    hidden = _hidden(own, keys, params)
+    if hidden is not None:
+        by_head.masked_fill_(hidden, -torch.inf)
+    return scores, tanh
 
 
-def _hidden(length_q: int, length_k: int, params, device: torch.device) -> torch.Tensor:
-    """[Sq, Sk]: True where the query must not see the key."""
-    own = torch.arange(length_q, device=device)[:, None] + length_k - length_q
-    keys = torch.arange(length_k, device=device)
-    hidden = torch.zeros(length_q, length_k, dtype=torch.bool, device=device)
+def _slopes(options, batch: int) -> torch.Tensor:
+    """[1 or B, Hq]: the slopes of the sequences at hand."""
+    slopes = options.alibi_slopes
+    return slopes[None] if slopes.dim() == 1 else slopes[options.first : options.first + batch]
+
+
+def _hidden(own: torch.Tensor, keys: torch.Tensor, params) -> torch.Tensor | None:
+    """[Sq, Sk]: True where the query must not see the key; None where all are seen."""
+    hidden = None
     if params.window_left >= 0:
-        hidden |= keys < own - params.window_left
+        hidden = keys < own - params.window_left
     if params.window_right >= 0:
-        hidden |= keys > own + params.window_right
+        right = keys > own + params.window_right
+        hidden = right if hidden is None else hidden.logical_or_(right)
     return hidden
 
 
 def _probabilities(scores: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that sees no key: every probability is 0
     return scores.sub_(lse[..., None]).exp_()
+
+
+def _dropped(by_kv_head: torch.Tensor, group: int, options) -> torch.Tensor:
+    """Probabilities, or their gradient, behind dropout: kept and divided by 1 - p, or 0."""
+    dropout_p = options.params.dropout_p
+    if not dropout_p:
+        return by_kv_head
+    batch, kv_heads, rows, length_k = by_kv_head.shape
+    shape = (batch, kv_heads * group, rows // group, length_k)
+    keep = dropout_mask(options.dropout_seed, dropout_p, *shape, options.first)
+    return by_kv_head * keep.view(by_kv_head.shape) / (1 - dropout_p)

@@ -285,7 +285,7 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, out, lse,
     ], [4, 1], [240, 24])  # fmt: skip
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     """out and lse of the contract; q, k, v as `refuses` lets them through."""
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), empty_lse(q)
     if q.numel() == 0:

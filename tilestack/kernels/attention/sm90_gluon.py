@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tilestack.kernels.attention.features import refuses_features
 from tilestack.kernels.attention.sm90_backward import backward
 from tilestack.kernels.attention.sm90_configs import FORWARD
 from tilestack.kernels.attention.sm90_forward import forward
@@ -21,6 +22,9 @@ def refuses(call: Call) -> str | None:
         return f"is for bfloat16 and float16, got {call.dtype('q')}"
     if head_dim not in FORWARD:
         return f"is for head dimensions {', '.join(map(str, FORWARD))}, got {head_dim}"
+    missing = refuses_features(call)
+    if missing:
+        return missing
     if call.params.deterministic and call.needs_grad:
         return "adds dq, dk and dv in no fixed order, and deterministic=True was asked for"
     *rows, heads, _ = call.shape("q")

@@ -10,6 +10,7 @@ import torch
 
 from tilestack.kernels import launch
 from tilestack.kernels.attention import configs
+from tilestack.kernels.attention.features import refuses_features
 from tilestack.kernels.attention.layout import empty_lse
 from tilestack.kernels.attention.triton_backward import attention_bwd_dk_dv_kernel, attention_bwd_dq_kernel
 from tilestack.kernels.attention.triton_forward import attention_fwd_kernel
@@ -27,10 +28,10 @@ def refuses(call: Call) -> str | None:
         return "has no float64 path"
     if head_dim % 8 or head_dim > configs.MAX_HEAD_DIM:
         return f"takes head dimensions that are multiples of 8 up to {configs.MAX_HEAD_DIM}, got {head_dim}"
-    return None
+    return refuses_features(call)
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     q, k, v = (_readable(each) for each in (q, k, v))
     out, lse = q.new_empty(q.shape), empty_lse(q)
     tile = _tiles(q, params).forward

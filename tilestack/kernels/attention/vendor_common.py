@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tilestack.kernels.attention.features import refuses_features
 from tilestack.kernels.dispatch import Call
 
 HALF = (torch.float16, torch.bfloat16)
@@ -20,7 +21,7 @@ class Abilities:
 
     max_head_dim: multiples of 8 up to this one; None is no limit. uneven_causal: a causal mask aligned at the bottom
     right where lengths differ. deterministic: gradients with the same bits each time, for packed input too if
-    deterministic_packed. single_rows: one query or one key.
+    deterministic_packed. single_rows: one query or one key. features: of those in features.py.
     """
 
     max_head_dim: int | None
@@ -32,10 +33,16 @@ class Abilities:
     deterministic: bool = False
     deterministic_packed: bool = False
     single_rows: bool = True
+    features: tuple[str, ...] = ()
 
     def refuses(self, call: Call) -> str | None:
         """None, or why the library does not take the call."""
-        return self._refuses_tensors(call) or self._refuses_mask(call) or self._refuses_determinism(call)
+        return (
+            self._refuses_tensors(call)
+            or self._refuses_mask(call)
+            or refuses_features(call, self.features)
+            or self._refuses_determinism(call)
+        )
 
     def _refuses_tensors(self, call: Call) -> str | None:
         q, k, dtype = call.shape("q"), call.shape("k"), call.dtype("q")

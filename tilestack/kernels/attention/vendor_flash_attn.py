@@ -24,7 +24,7 @@ ABILITIES = Abilities(
 refuses = ABILITIES.refuses
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     from flash_attn import flash_attn_interface
 
     q, k, v = (readable(each) for each in (q, k, v))

@@ -13,7 +13,7 @@ ABILITIES = Abilities(max_head_dim=256, packed=True, window=True, uneven_causal=
 refuses = ABILITIES.refuses
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     from flash_attn.cute.interface import _flash_attn_fwd
 
     q, k, v = (readable(each) for each in (q, k, v))

@@ -16,12 +16,12 @@ ABILITIES = Abilities(max_head_dim=None, grouped=False)
 refuses = ABILITIES.refuses
 
 
-def fake_auxiliary(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def fake_auxiliary(q, *rest):
     batch, length, heads, _ = q.shape
     return (q.new_empty((batch, heads, -(-length // 32) * 32), dtype=torch.float32),)
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     out, padded_lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
         heads_first(q), heads_first(k), heads_first(v), None, True, 0.0, params.causal, scale=params.softmax_scale
     )

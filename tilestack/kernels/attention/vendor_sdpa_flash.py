@@ -12,7 +12,7 @@ ABILITIES = Abilities(max_head_dim=256)
 refuses = ABILITIES.refuses
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
         heads_first(q), heads_first(k), heads_first(v), 0.0, params.causal, False, scale=params.softmax_scale
     )

@@ -23,7 +23,7 @@ ABILITIES = Abilities(max_head_dim=256, packed=True, uneven_causal=True, grouped
 refuses = ABILITIES.refuses
 
 
-def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, params):
+def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     from xformers.ops import fmha
 
     def run(q, k, v, bias):
