@@ -53,7 +53,7 @@ def run(case, emulator, monkeypatch, dtype=torch.bfloat16, forward=sm90_forward,
     for each, cast in ((None, dtype), (reference, dtype), (reference, torch.float64)):
         q, k, v = (tensor.to(cast) for tensor in tensors)
         out, lse = (each or forward).forward(q, k, v, *cu_seqlens, *NO_FEATURES, params)
-        saved = (q, k, v, *cu_seqlens, *NO_FEATURES, lse) if each else (q, k, v, *cu_seqlens, out, lse)
+        saved = (q, k, v, *cu_seqlens, *(NO_FEATURES if each else ()), out, lse)
         gradients = (each or backward).backward(dout.to(cast), None, *saved, needs=NEEDS, params=params)
         results.append(dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *gradients), strict=True)))
     return results

@@ -115,7 +115,8 @@ def agrees_with_the_reference(module, inputs, asked):
     q, k, v, cu_q, cu_k, dout = inputs
     needs = ("q", "k", "v")
     want_out, want_lse = reference.forward(q, k, v, cu_q, cu_k, *NO_FEATURES, asked)
-    want = reference.backward(dout, None, q, k, v, cu_q, cu_k, *NO_FEATURES, want_lse, needs=needs, params=asked)
+    saved = (q, k, v, cu_q, cu_k, *NO_FEATURES, want_out, want_lse)
+    want = reference.backward(dout, None, *saved, needs=needs, params=asked)
     results = module.forward(q, k, v, cu_q, cu_k, *NO_FEATURES, asked)
     named = dict(zip(("out", "lse", *module.AUXILIARY), results, strict=True))
     named |= {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k}
@@ -165,7 +166,7 @@ def aten_stand_ins(monkeypatch, kind, shape_lse):
         want = reference.forward(q, k, v, None, None, *NO_FEATURES, asked(given))
         torch.testing.assert_close((out, lse), want)
         found = reference.backward(
-            dout, None, q, k, v, None, None, *NO_FEATURES, lse, needs=("q", "k", "v"), params=asked(given)
+            dout, None, q, k, v, None, None, *NO_FEATURES, out, lse, needs=("q", "k", "v"), params=asked(given)
         )
         return *[each.transpose(1, 2) for each in found], *[None] * (kind == "efficient")
 
@@ -334,7 +335,8 @@ def flash_attn_2():
         options = asked(softmax_scale, causal, window_size_left, window_size_right, deterministic)
         lse = torch.where(softmax_lse == torch.inf, -torch.inf, softmax_lse)
         needs = ("q", "k", "v")
-        found = reference.backward(dout, None, q, k, v, cu_q, cu_k, *NO_FEATURES, lse, needs=needs, params=options)
+        saved = (q, k, v, cu_q, cu_k, *NO_FEATURES, out, lse)
+        found = reference.backward(dout, None, *saved, needs=needs, params=options)
         for target, each, cu in zip((dq, dk, dv), found, (cu_q, cu_k, cu_k), strict=True):
             target[slice(None) if cu is None else slice(int(cu[-1]))] = each if cu is None else within(cu, each)
 
@@ -428,7 +430,7 @@ def flash_attn_4():
         options = asked(softmax_scale, causal, window_size_left, window_size_right)
         needs = ("q", "k", "v")
         found = reference.backward(
-            dout, None, q, k, v, cu_seqlens_q, cu_seqlens_k, *NO_FEATURES, lse, needs=needs, params=options
+            dout, None, q, k, v, cu_seqlens_q, cu_seqlens_k, *NO_FEATURES, out, lse, needs=needs, params=options
         )
         if cu_seqlens_q is None:
             return found
@@ -486,9 +488,10 @@ def xformers_fmha():
 
     def backward(grad, output, lse, query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
         assert op is flash.BwOp and not (lse == -torch.inf).any()
-        (q, k, v, dout, _, lse), offsets, asked = unpack(attn_bias, scale, query, key, value, grad, output, lse)
+        (q, k, v, dout, out, lse), offsets, asked = unpack(attn_bias, scale, query, key, value, grad, output, lse)
         lse, needs = torch.where(lse == torch.inf, -torch.inf, lse), ("q", "k", "v")
-        found = reference.backward(dout, None, q, k, v, *offsets, *NO_FEATURES, lse, needs=needs, params=asked)
+        saved = (q, k, v, *offsets, *NO_FEATURES, out, lse)
+        found = reference.backward(dout, None, *saved, needs=needs, params=asked)
         return found if offsets[0] is None else tuple(each[None] for each in found)
 
     bias = types.SimpleNamespace(LowerTriangularFromBottomRightMask=BottomRight, BlockDiagonalMask=BlockDiagonal)

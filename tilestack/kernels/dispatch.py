@@ -16,7 +16,7 @@ import importlib
 import importlib.machinery
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,12 +61,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an op, described by metadata alone."""
+    """One call of an op, described by metadata alone.
+
+    backward_alone: the forward was run elsewhere, so nothing of it is known but inputs and outputs.
+    """
 
     device: Device
     tensors: Mapping[str, TensorSpec | None]
     params: Any
     needs_grad: bool
+    backward_alone: bool = False
 
     def dtype(self, name: str) -> torch.dtype:
         return self.tensors[name].dtype
@@ -172,13 +176,36 @@ class Op:
         results = results if isinstance(results, tuple) else (results,)
         return results[: len(self.contract.outputs)]
 
+    def backward(
+        self,
+        grads: tuple[torch.Tensor | None, ...],
+        named: dict[str, torch.Tensor | None],
+        params: Any,
+        needs: tuple[str, ...],
+        implementation: str | None,
+    ) -> list[torch.Tensor]:
+        """Choose an implementation and run its backward alone, of a forward that was run elsewhere.
+
+        grads: one for each output, None where nothing flows back. named: every input and output by its name. needs:
+        the inputs whose gradients are returned, in the contract's order.
+        """
+        names = self.contract.input_names
+        tensors = tuple(named[each] for each in names)
+        call = replace(self._describe(tensors, params, needs_grad=True), backward_alone=True)
+        chosen = self.choose(call, implementation)
+        wanted = tuple(each in needs for each in names)
+        return self._registered[chosen.name].backward(grads, named, wanted, params)
+
     def refuses(self, implementation: Implementation, call: Call) -> str | None:
         """None if `implementation` takes the call, else the reason why it does not."""
         missing = self._missing[implementation.name]
         if missing:
             return f"needs the package {missing}, which is not installed"
         reason = implementation.refuses_machine(call.device)
-        return reason or self._registered[implementation.name].module.refuses(call)
+        module = self._registered[implementation.name].module
+        if reason is None and call.backward_alone and module.AUXILIARY:
+            reason = f"needs {', '.join(module.AUXILIARY)} of its own forward"
+        return reason or module.refuses(call)
 
     def reasons(self, call: Call) -> dict[str, str | None]:
         """For every implementation: None if it takes the call, else why it refuses."""

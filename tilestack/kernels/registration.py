@@ -51,6 +51,8 @@ class Contract:
     fake: (*inputs, params) -> one tensor for each output with the right shape, dtype and device, content undefined.
     gradient_like: for an input whose gradient has another tensor's shape and dtype when the input itself is not
         saved, the name of that saved tensor.
+    gradient_dtypes: for an input whose gradient has not the dtype of that tensor either, the field of params that
+        names it ("float32").
     constants: outputs that no gradient flows through; if all are, the op has no backward.
     shared_gradients: pairs of inputs whose gradients are equal, as of the terms of a sum. `backward` is asked for the
         second alone where both are wanted: a custom op must not return a tensor twice, and autograd may.
@@ -62,6 +64,7 @@ class Contract:
     params: type
     fake: Callable[..., tuple[torch.Tensor, ...]]
     gradient_like: tuple[tuple[str, str], ...] = ()
+    gradient_dtypes: tuple[tuple[str, str], ...] = ()
     constants: tuple[str, ...] = ()
     shared_gradients: tuple[tuple[str, str], ...] = ()
 
@@ -105,6 +108,7 @@ class Registered:
     forward_op: Any
     params_fields: tuple[str, ...]
     eager: type[torch.autograd.Function] | None = None
+    backward_op: Any = None
 
     def __call__(
         self, tensors: tuple[torch.Tensor | None, ...], params: Any, needs_grad: bool
@@ -117,6 +121,17 @@ class Registered:
             return self.forward_op(*args)
         return self.eager.apply(*args)
 
+    def backward(
+        self,
+        grads: tuple[torch.Tensor | None, ...],
+        named: dict[str, torch.Tensor | None],
+        needs: tuple[bool, ...],
+        params: Any,
+    ) -> list[torch.Tensor]:
+        """Run backward alone: grads one for each output, named the inputs and outputs, needs one for each input."""
+        saved = [_pick(named, each) for each in self.module.SAVED]
+        return self.backward_op(list(grads), saved, list(needs), *[getattr(params, f) for f in self.params_fields])
+
 
 def register(contract: Contract | InPlaceContract, suffix: str, module_path: str) -> Registered:
     """Import an implementation and register its custom ops; once per implementation and process."""
@@ -128,10 +143,12 @@ def register(contract: Contract | InPlaceContract, suffix: str, module_path: str
         return Registered(module, _overload(name), fields)
     forward_name = f"{contract.op}_forward_{suffix}"
     backward_name = f"{contract.op}_backward_{suffix}"
+    backward_op = None
     if contract.differentiable:
         _define_backward(contract, module, backward_name, fields)
+        backward_op = _overload(backward_name)
     eager = _define_forward(contract, module, forward_name, backward_name, fields)
-    return Registered(module, _overload(forward_name), fields, eager)
+    return Registered(module, _overload(forward_name), fields, eager, backward_op)
 
 
 def _overload(name: str) -> Any:
@@ -227,11 +244,13 @@ def _define_backward(contract: Contract, module: ModuleType, name: str, fields: 
         gradients = module.backward(*grads, *saved, needs=wanted(needs), params=contract.params(*params))
         return list(gradients)
 
-    def fake(grads: list, saved: list, needs: list[bool], *params: Any) -> list[torch.Tensor]:
+    def fake(grads: list, saved: list, needs: list[bool], *values: Any) -> list[torch.Tensor]:
+        params = contract.params(*values)
+        dtypes = {name: getattr(torch, getattr(params, field)) for name, field in contract.gradient_dtypes}
         named = {name: tensor for key, tensor in zip(module.SAVED, saved, strict=True) for name in key.split("|")}
         like = dict(contract.gradient_like)
-        templates = [named[each] if each in named else named[like[each]] for each in wanted(needs)]
-        return [each.new_empty(each.shape) for each in templates]
+        templates = {each: named[each] if each in named else named[like[each]] for each in wanted(needs)}
+        return [each.new_empty(each.shape, dtype=dtypes.get(name, each.dtype)) for name, each in templates.items()]
 
     _define(name, schema, kernel, fake)
 

@@ -1,3 +1,3 @@
-from tilestack.kernels.attention.op import attention
+from tilestack.kernels.attention.op import attention, attention_backward
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_backward"]

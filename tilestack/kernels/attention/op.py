@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -122,6 +123,55 @@ def attention(
     or its head's sink.
     Raises ValueError for wrong shapes, dtypes, devices or numbers.
     """
+    tensors, params = _prepare(
+        q, k, v, causal=causal, softmax_scale=softmax_scale, window_size=window_size, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, softcap=softcap, sinks=sinks,
+        alibi_slopes=alibi_slopes, dropout_p=dropout_p, dropout_seed=dropout_seed, deterministic=deterministic,
+    )  # fmt: skip
+    out, lse = OP(tensors, params, implementation)
+    return (out, lse) if return_lse else out
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    implementation: str | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of a forward pass that autograd did not record, as in ring attention.
+
+    dout, out: like q. lse: as `attention` returns it. Both may be those of more keys than k has: of all parts of a
+        sequence whose keys are spread over several tensors. Then dq is this part's share of a sum.
+    options: those of `attention`, but return_lse. With dropout, dropout_seed is that of the forward pass.
+
+    Returns (dq, dk, dv). Nothing is recorded by autograd. Raises ValueError as `attention` does.
+    """
+    if options.get("dropout_p") and options.get("dropout_seed") is None:
+        raise ValueError("attention: dropout_seed is missing: backward must drop what the forward pass dropped")
+    tensors, params = _prepare(q, k, v, **options)
+    for name, each in (("dout", dout), ("out", out)):
+        checks.shape("attention", name, each, tuple(q.shape), "the shape of q")
+        checks.same_dtype("attention", **{"q": q, name: each})
+    *batch, length, heads, _ = q.shape
+    checks.shape("attention", "lse", lse, (*batch, heads, length), "[B, Hq, Sq], or packed [Hq, Tq]")
+    checks.dtype("attention", "lse", lse, torch.promote_types(q.dtype, torch.float32))
+    checks.same_device("attention", q=q, dout=dout, out=out, lse=lse)
+    named = dict(zip(CONTRACT.input_names, tensors, strict=True)) | {"out": out.contiguous(), "lse": lse.contiguous()}
+    with torch.no_grad():
+        return tuple(OP.backward((dout, None), named, params, ("q", "k", "v"), implementation))
+
+
+def _prepare(
+    q, k, v, *, causal=False, softmax_scale=None, window_size=(-1, -1), cu_seqlens_q=None, cu_seqlens_k=None,
+    max_seqlen_q=None, max_seqlen_k=None, softcap=0.0, sinks=None, alibi_slopes=None, dropout_p=0.0, dropout_seed=None,
+    deterministic=False,
+) -> tuple[tuple[torch.Tensor | None, ...], AttentionParams]:  # fmt: skip
+    """Check the arguments of `attention`; the op's tensors and parameters."""
     _check_tensors(q, k, v)
     _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes)
@@ -143,8 +193,7 @@ def attention(
         dropout_seed = None
     elif dropout_seed is None:
         dropout_seed = draw_seed(q.device)
-    out, lse = OP((q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, slopes, dropout_seed), params, implementation)
-    return (out, lse) if return_lse else out
+    return (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, slopes, dropout_seed), params
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from tilestack.kernels.attention.features import lse_of_no_keys, sink_gradient
 from tilestack.kernels.dispatch import Call
 
 AUXILIARY = ()
-SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "sinks", "alibi_slopes", "dropout_seed", "lse")
+SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "sinks", "alibi_slopes", "dropout_seed", "out", "lse")
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,21 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
 
 
 def backward(
-    dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, lse, *, needs, params
+    dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, out, lse, *, needs, params
 ):  # fmt: skip
     options = _Options(params, sinks, alibi_slopes, dropout_seed)
+    wide = lse.dtype
+    delta = (out.to(wide) * dout.to(wide)).sum(-1).transpose(-1, -2).contiguous()
     if cu_seqlens_q is None:
-        dq, dk, dv, delta = _backward(dout, q, k, v, lse, options)
+        dq, dk, dv = _backward(dout, q, k, v, lse, delta, options)
     else:
         dq, dk, dv = (torch.zeros_like(each, memory_format=torch.contiguous_format) for each in (q, k, v))
-        delta = torch.zeros_like(lse)
         for index, rows, columns in _documents(cu_seqlens_q, cu_seqlens_k):
             document = _backward(
                 dout[None, rows], q[None, rows], k[None, columns], v[None, columns], lse[None, :, rows],
-                replace(options, first=index),
+                delta[None, :, rows], replace(options, first=index),
             )  # fmt: skip
-            dq[rows], dk[columns], dv[columns], delta[:, rows] = (each[0] for each in document)
+            dq[rows], dk[columns], dv[columns] = (each[0] for each in document)
     found = {"q": dq, "k": dk, "v": dv}
     if "sinks" in needs:
         found["sinks"] = sink_gradient(sinks, lse, delta)
@@ -94,10 +95,11 @@ def _forward(q, k, v, options):
     return _by_query_head(out, group).transpose(1, 2).contiguous(), _by_query_head(lse, group)[..., 0].contiguous()
 
 
-def _backward(dout, q, k, v, lse, options):
-    """dv = D(P)' dout; dS = P dP - P delta, dP = D(dout v'), delta = sum_j P dP; dq = scale dS k; dk = scale dS' q.
+def _backward(dout, q, k, v, lse, delta, options):
+    """dv = D(P)' dout; dS = P (dP - delta), dP = D(dout v'), delta = rowsum(out dout); dq = scale dS k; dk likewise.
 
-    D is dropout; behind a soft cap, dS is multiplied by its derivative. Returns dq, dk, dv and delta.
+    D is dropout; behind a soft cap, dS is multiplied by its derivative. delta comes from out, not from the P at hand,
+    so that out and lse may be those of more keys than k has.
     """
     q, k, v, group = _by_kv_head(q, k, v)
     dout = dout.transpose(1, 2).reshape(q.shape)
@@ -106,14 +108,24 @@ def _backward(dout, q, k, v, lse, options):
     dv = _dropped(probabilities, group, options).to(v.dtype).mT @ dout
     dscores = _dropped((dout @ v.mT).to(probabilities.dtype), group, options)
     dscores = dscores.mul_(probabilities)  # in place: new memory costs more than sums
-    delta = dscores.sum(-1, keepdim=True)
-    dscores.addcmul_(probabilities, delta, value=-1)
+    dscores.addcmul_(probabilities, delta.reshape(*q.shape[:-1], 1), value=-1)
     if tanh is not None:
         dscores.mul_(1 - tanh.square())
     dscores = dscores.to(q.dtype).mul_(options.params.softmax_scale)
     gradients = _by_query_head(dscores @ k, group), dscores.mT @ q, dv
-    delta = _by_query_head(delta, group)[..., 0]
-    return *(each.transpose(1, 2).contiguous() for each in gradients), delta
+    return tuple(each.transpose(1, 2).contiguous() for each in gradients)
+
+
+def scores(
+    q: torch.Tensor, k: torch.Tensor, alibi_slopes: torch.Tensor | None, params: Any, first: int = 0
+) -> torch.Tensor:
+    """[B, Hq, Sq, Sk]: what the softmax of dense q and k is taken of, -inf where a query must not see a key.
+
+    first: which of all sequences is the first, for slopes that differ between sequences.
+    """
+    q, k, _, group = _by_kv_head(q, k, k)
+    found, _ = _scores(q, k, group, _Options(params, None, alibi_slopes, None, first))
+    return _by_query_head(found, group)
 
 
 def _by_kv_head(q, k, v):

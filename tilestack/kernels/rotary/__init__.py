@@ -1,0 +1,3 @@
+from tilestack.kernels.rotary.op import rotary
+
+__all__ = ["rotary"]
