@@ -2,6 +2,8 @@
 
 from tilestack.kernels.adamw import adamw
 from tilestack.kernels.attention import attention, attention_backward
+from tilestack.kernels.cross_entropy import cross_entropy
+from tilestack.kernels.cross_entropy_gradient import cross_entropy_gradient
 from tilestack.kernels.dispatch import UnsupportedError, ops
 from tilestack.kernels.layer_norm import layer_norm
 from tilestack.kernels.linear_cross_entropy import linear_cross_entropy
@@ -20,6 +22,8 @@ __all__ = [
     "adamw",
     "attention",
     "attention_backward",
+    "cross_entropy",
+    "cross_entropy_gradient",
     "layer_norm",
     "linear_cross_entropy",
     "load_balancing_loss",

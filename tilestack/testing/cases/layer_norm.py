@@ -48,7 +48,8 @@ def _make(
 def _call(tensors, arguments, implementation):
     found = layer_norm(**tensors, **arguments, implementation=implementation)
     outputs = {name: getattr(found, name) for name in ("out", "out1", "residual_out", "dropout_mask", "dropout_mask1")}
-    outputs["residual_out"] = found.residual_out.clone()  # it may be x itself, which is no output
+    if found.residual_out is tensors["x"]:
+        outputs["residual_out"] = found.residual_out.clone()  # x itself is no output
     return {name: each for name, each in outputs.items() if each is not None}
 
 

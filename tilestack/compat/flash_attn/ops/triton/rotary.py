@@ -1,0 +1,31 @@
+"""flash_attn.ops.triton.rotary."""
+
+from __future__ import annotations
+
+import torch
+
+from tilestack.kernels import rotary
+from tilestack.kernels.rotary.triton_portable import rotary_kernel
+
+__all__ = ["apply_rotary", "rotary_kernel"]
+
+
+def apply_rotary(
+    x: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    seqlen_offsets: int | torch.Tensor = 0,
+    cu_seqlens: torch.Tensor | None = None,
+    max_seqlen: int | None = None,
+    interleaved=False,
+    inplace=False,
+    conjugate=False,
+) -> torch.Tensor:
+    """Rotate the first columns of each head: `tilestack.kernels.rotary`. No gradient; see layers/rotary.py.
+
+    x: [B, S, H, D], or [total, H, D] with cu_seqlens and max_seqlen. cos, sin: [positions, R / 2], the dtype of x.
+    """
+    return rotary(
+        x, cos, sin, seqlen_offsets=seqlen_offsets, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen,
+        interleaved=interleaved, conjugate=conjugate, inplace=inplace,
+    )  # fmt: skip
