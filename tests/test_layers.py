@@ -31,8 +31,10 @@ def test_imports_point_down_only(path):
     imported = imports_of(path)
     used = {name.split(".")[1] for name in imported if name.startswith("tilestack.")}
     if layer in LAYERS:
-        above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"bench", "testing"}
+        above = set(LAYERS[LAYERS.index(layer) + 1 :]) | {"bench", "testing", "compat"}
         assert not used & above, f"{path} reaches up to {used & above}"
+    if layer == "compat":
+        assert not used - {"compat", "kernels"}, f"{path} stands on kernels alone, not on {used}"
     if layer == "testing":
         assert not used & (set(LAYERS) - {"kernels"} | {"bench"})
     for package, allowed in OPTIONAL.items():

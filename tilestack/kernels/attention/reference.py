@@ -99,14 +99,16 @@ def _backward(dout, q, k, v, lse, delta, options):
     """dv = D(P)' dout; dS = P (dP - delta), dP = D(dout v'), delta = rowsum(out dout); dq = scale dS k; dk likewise.
 
     D is dropout; behind a soft cap, dS is multiplied by its derivative. delta comes from out, not from the P at hand,
-    so that out and lse may be those of more keys than k has.
+    so that out and lse may be those of more keys than k has. dP is not rounded: of a query that sees one key,
+    dP - delta is 0, and rounding one of the two alone would leave a gradient where there is none.
     """
     q, k, v, group = _by_kv_head(q, k, v)
     dout = dout.transpose(1, 2).reshape(q.shape)
     scores, tanh = _scores(q, k, group, options)
     probabilities = _probabilities(scores, lse.reshape(q.shape[:-1]))
     dv = _dropped(probabilities, group, options).to(v.dtype).mT @ dout
-    dscores = _dropped((dout @ v.mT).to(probabilities.dtype), group, options)
+    wide = probabilities.dtype
+    dscores = _dropped(dout.to(wide) @ v.to(wide).mT, group, options)
     dscores = dscores.mul_(probabilities)  # in place: new memory costs more than sums
     dscores.addcmul_(probabilities, delta.reshape(*q.shape[:-1], 1), value=-1)
     if tanh is not None:
