@@ -108,7 +108,12 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> str:
     with torch.device("meta"):
         parameters = sum(each.numel() for each in Qwen3MoeForCausalLM._from_config(shape).parameters())
     dtype = config.model.dtype
-    activations = "recomputed" if config.model.activation_checkpointing else "kept"
+    kept = {
+        "none": "all that the backward pass reads",
+        "selective": "each layer's input and attention's output; the rest is computed again",
+        "full": "each layer's input; the rest is computed again",
+    }[config.model.activation_checkpointing]
+    where = ", inputs on the host" if config.model.activation_offload else ""
     return _section("MODEL ARCHITECTURES", "tilestack/models/", [
         f"model      Qwen3MoeForCausalLM, {config.model.path or 'new'}, {dtype}"
         f"{', float32 master weights' if dtype == 'bfloat16' else ''}",
@@ -118,7 +123,7 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> str:
         f"{shape.head_dim}",
         f"experts    {shape.num_experts}, {shape.num_experts_per_tok} a token, hidden {shape.moe_intermediate_size}",
         f"parameters {parameters:,}, {active_parameters(shape):,} multiply each token",
-        f"memory     activations are {activations} for the backward pass",
+        f"kept       {kept}{where}",
     ])  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ from tilestack.models.loading import check_folder, check_loaded
 from tilestack.models.outputs import MoeCausalLMOutput, MoeModelOutput
 from tilestack.models.packing import Packing, find_packing, positions_of
 from tilestack.models.projections import is_hooked
+from tilestack.models.recomputation import inputs_on_host
 from tilestack.models.registration import NAME
 from tilestack.models.replacement import replaces
 from tilestack.models.rotary import restore_rotary_frequencies
@@ -78,19 +80,22 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
         layers = self.layers[: self.config.num_hidden_layers]
         deferred = self._defers_additions(layers)
         update, statistics = None, []
+        offloads = inputs_on_host(self) and self.training and torch.is_grad_enabled()
+        keeps = torch.autograd.graph.save_on_cpu(pin_memory=True) if offloads else contextlib.nullcontext()
         for layer in layers:
-            hidden = layer(
-                *((hidden,) if update is None else (hidden, update)),
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                token_mask=token_mask,
-                router_statistics=router_statistics,
-                deferred=deferred,
-                **kwargs,
-            )
+            with keeps:
+                hidden = layer(
+                    *((hidden,) if update is None else (hidden, update)),
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    position_embeddings=position_embeddings,
+                    token_mask=token_mask,
+                    router_statistics=router_statistics,
+                    deferred=deferred,
+                    **kwargs,
+                )
             if deferred:
                 hidden, update, *of_layer = hidden
             else:
