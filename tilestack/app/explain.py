@@ -203,9 +203,9 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
             q=q, k=k, q_weight=spec(D), k_weight=spec(D), cos=spec(1, T, D), sin=spec(1, T, D),
         ),
         "linear_cross_entropy": call(
-            LinearCrossEntropyParams(-100, "mean", True, True),
+            LinearCrossEntropyParams(-100, "mean", 0.0, 0.0, 0.0, True, True),
             hidden=spec(T, H), weight=spec(shape.vocab_size, H), labels=spec(T, of=torch.int64),
-            num_items=spec(of=torch.int64),
+            num_items=spec(of=torch.int64), token_weights=None,
         ),
         "adamw": call(
             AdamWParams(1, config.optimizer.lr, config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps,
