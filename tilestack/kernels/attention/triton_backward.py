@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilestack.kernels.attention.triton_blocks import load_rows, locate, sees, span, store_rows
+from tilestack.kernels.attention.triton_blocks import VARYING, load_rows, locate, sees, span, store_rows
 from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential
 from tilestack.kernels.attention.triton_scores import exponents, kept, load_seed, load_slope
 
@@ -53,7 +53,7 @@ def _add_dq(
     return dq
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     slopes_ptr, seed_ptr,
@@ -160,7 +160,7 @@ def _add_dk_dv(
     return dk, dv
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_bwd_dk_dv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     slopes_ptr, seed_ptr,

@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers for whose divisibility no kernel is compiled anew: they change with every batch, and address nothing.
+VARYING = ("n_documents", "n_blocks", "left", "right", "stride_slopes", "threshold")
+
 
 @triton.jit
 def locate(

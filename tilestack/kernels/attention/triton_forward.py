@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilestack.kernels.attention.triton_blocks import load_rows, locate, sees, span, store_rows
+from tilestack.kernels.attention.triton_blocks import VARYING, load_rows, locate, sees, span, store_rows
 from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential, logarithm
 from tilestack.kernels.attention.triton_scores import exponents, kept, load_seed, load_slope
 
@@ -53,7 +53,7 @@ def _attend(
     return acc, total, largest
 
 
-@triton.jit(do_not_specialize=["threshold"])
+@triton.jit(do_not_specialize=VARYING)
 def attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, seed_ptr,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
