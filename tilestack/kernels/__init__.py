@@ -2,7 +2,9 @@
 
 from tilestack.kernels.adamw import adamw
 from tilestack.kernels.attention import attention
+from tilestack.kernels.attention_kvcache import attention_kvcache
 from tilestack.kernels.dispatch import UnsupportedError, ops
+from tilestack.kernels.kv_cache_append import kv_cache_append
 from tilestack.kernels.linear_cross_entropy import linear_cross_entropy
 from tilestack.kernels.moe import moe
 from tilestack.kernels.qk_norm_rope import qk_norm_rope
@@ -17,6 +19,8 @@ __all__ = [
     "UnsupportedError",
     "adamw",
     "attention",
+    "attention_kvcache",
+    "kv_cache_append",
     "linear_cross_entropy",
     "load_balancing_loss",
     "moe",
