@@ -129,7 +129,7 @@ def _kernels(config: Config, shape: Qwen3MoeConfig, device: Device) -> str:
         if name in calls:
             lines += ["", *_op(op, calls[name], getattr(config.kernels, name, "auto"))]
         else:
-            lines += ["", f"{name}: no layer of this model has it"]
+            lines += ["", f"{name}: nothing in this training run calls it"]
     return _section("OPTIMIZED KERNELS", "tilestack/kernels/<op>/", lines)
 
 

@@ -2,9 +2,11 @@
 
 from tilestack.kernels.adamw import adamw
 from tilestack.kernels.attention import attention, attention_backward
+from tilestack.kernels.attention_kvcache import attention_kvcache
 from tilestack.kernels.cross_entropy import cross_entropy
 from tilestack.kernels.cross_entropy_gradient import cross_entropy_gradient
 from tilestack.kernels.dispatch import UnsupportedError, ops
+from tilestack.kernels.kv_cache_append import kv_cache_append
 from tilestack.kernels.layer_norm import layer_norm
 from tilestack.kernels.linear_cross_entropy import linear_cross_entropy
 from tilestack.kernels.moe import moe
@@ -22,8 +24,10 @@ __all__ = [
     "adamw",
     "attention",
     "attention_backward",
+    "attention_kvcache",
     "cross_entropy",
     "cross_entropy_gradient",
+    "kv_cache_append",
     "layer_norm",
     "linear_cross_entropy",
     "load_balancing_loss",
