@@ -174,8 +174,8 @@ def test_s_dmask_is_what_the_block_size_makes_probabilities_of():
 
 @pytest.mark.parametrize(
     ("head_dim", "is_dropout", "is_causal", "expected"),
-    [(32, True, False, 128), (64, False, False, 128), (64, True, True, 64), (96, False, True, 64), (128, False, True, 64),
-     (128, True, True, 32), (192, True, False, 64), (256, False, False, 64)],
+    [(32, True, False, 128), (64, False, False, 128), (64, True, True, 64), (96, False, True, 64),
+     (128, False, True, 64), (128, True, True, 32), (192, True, False, 64), (256, False, False, 64)],
 )  # fmt: skip
 def test_the_block_sizes_are_flash_attns(head_dim, is_dropout, is_causal, expected):
     assert interface._get_block_size_n(torch.device("cpu"), head_dim, is_dropout, is_causal) == expected
