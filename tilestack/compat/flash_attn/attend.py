@@ -67,7 +67,7 @@ def options(
     return {
         "softmax_scale": q.shape[-1] ** -0.5 if softmax_scale is None else float(softmax_scale),
         "causal": bool(causal),
-        "window_size": _window(window_size, max_seqlen_k if packed else k.shape[1]),
+        "window_size": window(window_size, max_seqlen_k if packed else k.shape[1]),
         "softcap": max(float(softcap), 0.0),
         "alibi_slopes": alibi_slopes,
         "dropout_p": float(dropout_p),
@@ -105,7 +105,7 @@ def lse_from_flash_attn(lse: torch.Tensor) -> torch.Tensor:
     return lse.masked_fill(lse == torch.inf, -torch.inf)
 
 
-def _window(window_size: Any, length_k: int) -> tuple[int, int]:
+def window(window_size: Any, length_k: int) -> tuple[int, int]:
     """(left, right): -1 is no limit, which is also what a limit means that no key lies beyond."""
     left, right = (int(each) for each in window_size)  # of a list, or of a tensor of two
     return tuple(each if 0 <= each < length_k else -1 for each in (left, right))

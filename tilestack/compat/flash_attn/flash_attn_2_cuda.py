@@ -14,9 +14,9 @@ import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 from tilestack.compat.flash_attn import attend
 from tilestack.compat.flash_attn.errors import check
 from tilestack.compat.flash_attn.paged_keys import gather_keys
-from tilestack.kernels import attention_backward
+from tilestack.kernels import attention_backward, attention_kvcache, kv_cache_append
 
-__all__ = ["bwd", "fwd", "varlen_bwd", "varlen_fwd"]
+__all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
 
 @torch.no_grad()
@@ -80,6 +80,50 @@ def varlen_bwd(
     )  # fmt: skip
     gradients = _backward(dout, q, k, v, out, softmax_lse, (dq_, dk_, dv_), asked, rng_state)
     return [*gradients, _softmax_d(dout, out, 128 * (cu_seqlens_q.numel() - 1))]
+
+
+def fwd_kvcache(
+    q, kcache, vcache, k_, v_, seqlens_k_, rotary_cos_, rotary_sin_, cache_batch_idx_, leftpad_k_, block_table_,
+    alibi_slopes_, out_, softmax_scale, is_causal, window_size_left, window_size_right, softcap,
+    is_rotary_interleaved, num_splits,
+) -> list[torch.Tensor]:  # fmt: skip
+    """[out, softmax_lse]; k_ and v_ are written into the caches first."""
+    _check_cache(q, kcache, k_, v_, seqlens_k_, rotary_cos_, leftpad_k_, cache_batch_idx_, block_table_)
+    window_size = attend.window((window_size_left, window_size_right), _capacity(kcache, block_table_))
+    shared = {
+        "cache_seqlens": seqlens_k_,
+        "block_table": block_table_,
+        "cache_batch_idx": cache_batch_idx_,
+        "rotary_cos": rotary_cos_,
+        "rotary_sin": rotary_sin_,
+        "rotary_interleaved": is_rotary_interleaved,
+    }
+    if k_ is not None:
+        kv_cache_append(kcache, vcache, k_, v_, **shared)
+    out, lse = attention_kvcache(
+        q, kcache, vcache, **shared, new_keys=0 if k_ is None else k_.shape[1], cache_leftpad=leftpad_k_,
+        softmax_scale=softmax_scale, causal=bool(is_causal), window_size=window_size, softcap=max(float(softcap), 0.0),
+        alibi_slopes=alibi_slopes_, num_splits=num_splits, return_lse=True,
+    )  # fmt: skip
+    return [out if out_ is None else out_.copy_(out), attend.lse_to_flash_attn(lse)]
+
+
+def _capacity(cache: torch.Tensor, block_table: torch.Tensor | None) -> int:
+    """Keys that the cache can have of one sequence."""
+    return cache.shape[1] if block_table is None else cache.shape[1] * block_table.shape[1]
+
+
+def _check_cache(q, cache, k, v, seqlens, rotary_cos, leftpad, batch_idx, block_table) -> None:
+    """What flash-attn asks beyond what tilestack's two ops ask."""
+    check(q.dim() == 4, "q", "[batch, seqlen, heads, head_dim]", list(q.shape))
+    check(q.dtype in (torch.float16, torch.bfloat16), "q", "float16 or bfloat16", q.dtype)
+    check(q.shape[-1] <= attend.MAX_HEAD_DIM, "the head dimension", f"at most {attend.MAX_HEAD_DIM}", q.shape[-1])
+    check((k is None) == (v is None), "v", "given where k is, and only there", None if v is None else list(v.shape))
+    check(k is None or seqlens is not None, "cache_seqlens", "given where k is", seqlens)
+    check(k is not None or rotary_cos is None, "rotary_cos", "None where k is", "a tensor")
+    if block_table is not None:
+        check(cache.shape[1] % 256 == 0, "the page size", "a multiple of 256", cache.shape[1])
+        check(leftpad is None and batch_idx is None, "cache_leftpad and cache_batch_idx", "None with pages", "a tensor")
 
 
 def _forward(q, k, v, out_, asked: dict[str, Any], return_softmax, gen_) -> list[torch.Tensor]:

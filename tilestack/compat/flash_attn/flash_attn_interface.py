@@ -223,9 +223,8 @@ def flash_attn_with_kvcache(
 
     Returns out like q, or (out, softmax_lse [B, H, Sq]).
     """
-    k_cache, v_cache, q = (maybe_contiguous(each) for each in (k_cache, v_cache, q))
     if isinstance(cache_seqlens, int):
-        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=k_cache.device)
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
     left, right = window_size
     out, softmax_lse = flash_attn_gpu.fwd_kvcache(
         q, k_cache, v_cache, k, v, cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table,

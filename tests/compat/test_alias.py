@@ -1,0 +1,88 @@
+"""`flash_attn` as a name of this package, in processes of their own: what is imported stays imported."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, *paths: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (ROOT, *paths)))}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+
+def installed(folder: Path) -> Path:
+    """A package that looks like flash-attn with flash-attn-4 in its folder."""
+    package = folder / "flash_attn"
+    (package / "cute").mkdir(parents=True)
+    (package / "__init__.py").write_text("real = True\n")
+    (package / "utils.py").write_text("")
+    (package / "cute" / "__init__.py").write_text("from flash_attn.cute import interface\n")
+    (package / "cute" / "interface.py").write_text("real = True\n")
+    return folder
+
+
+ALIASED = """
+import tilestack.compat.flash_attn.as_flash_attn
+import tilestack.compat.flash_attn.as_flash_attn  # again: nothing happens
+"""
+USE = """
+import importlib, sys
+import flash_attn, flash_attn_2_cuda
+import flash_attn.flash_attn_interface as interface
+from flash_attn import flash_attn_func, flash_attn_varlen_func, __version__
+from flash_attn.bert_padding import pad_input, unpad_input, index_first_axis
+from flash_attn.flash_attn_interface import flash_attn_gpu
+from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
+from flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flash_attn.ops.activations import swiglu
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn
+from flash_attn.ops.triton.rotary import apply_rotary
+import tilestack.compat.flash_attn.layers.rotary as ours
+assert flash_attn_gpu is flash_attn_2_cuda and callable(flash_attn_2_cuda.varlen_bwd)
+assert RotaryEmbedding is ours.RotaryEmbedding and __version__ == "2.8.3"
+assert importlib.util.find_spec("flash_attn") is not None
+for name, reason in (("modules.mha", "tilestack.models"), ("ops.rms_norm", "compiled extension"), ("utils", "models")):
+    try:
+        importlib.import_module(f"flash_attn.{name}")
+    except ModuleNotFoundError as error:
+        assert "tilestack's flash_attn leaves out" in str(error) and reason in str(error), error
+    else:
+        raise AssertionError(name)
+"""
+
+
+def test_code_that_imports_flash_attn_finds_this_package():
+    done = python(ALIASED + USE)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_installed_package_is_hidden_but_for_flash_attn_4(tmp_path):
+    check = (
+        "import flash_attn.cute.interface\nassert flash_attn.cute.interface.real and not hasattr(flash_attn, 'real')\n"
+    )
+    done = python(ALIASED + USE + check, installed(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_alias_is_refused_once_the_real_package_was_imported(tmp_path):
+    done = python("import flash_attn\n" + ALIASED, installed(tmp_path))
+    assert done.returncode != 0
+    assert "ImportError: tilestack.compat.flash_attn.as_flash_attn must be imported before flash_attn" in done.stderr
+    assert str(tmp_path) in done.stderr
+
+
+def test_importing_the_package_alone_makes_no_alias():
+    done = python("import sys, tilestack.compat.flash_attn\nassert 'flash_attn' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_does_not_take_the_alias_for_an_installed_flash_attn():
+    code = ALIASED + (
+        "from transformers.utils import is_flash_attn_2_available\nassert not is_flash_attn_2_available()\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
