@@ -28,6 +28,7 @@ from tilestack.distributed.deepspeed_settings import construction_settings, deep
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.distributed.zero_pieces import OptimizerState
 from tilestack.models import ZERO3_LEAF_CLASSES, restore_rotary_frequencies
@@ -116,12 +117,16 @@ class DeepSpeedEngine:
         sums = StepSums(self.model, self.accumulation * self.world_size, self.device)
         grad_norm = None
         for i, batch in enumerate(micro_batches):
-            share = sums.forward(batch, self.engine)
-            # DeepSpeed takes the mean of the ranks' gradients; the step's gradient is their sum
-            self.engine.backward(share * self.world_size, scale_wrt_gas=False)
+            with stage("forward"):
+                share = sums.forward(batch, self.engine)
+            with stage("backward"):
+                # DeepSpeed takes the mean of the ranks' gradients; the step's gradient is their sum
+                self.engine.backward(share * self.world_size, scale_wrt_gas=False)
             if i == self.accumulation - 1 and self._updates_unchecked():
-                grad_norm = self._check_gradients()
-            self.engine.step()
+                with stage("gradient norm"):
+                    grad_norm = self._check_gradients()
+            with stage("optimizer"):
+                self.engine.step()
         dist.all_reduce(sums.sums)
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()

@@ -12,6 +12,7 @@ from tilestack.distributed.checkpoint import WEIGHT, Piece, read_pieces, read_st
 from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
 
@@ -72,9 +73,14 @@ class LocalEngine:
             raise ValueError(f"train_step needs {self.accumulation} micro-batches, got {len(micro_batches)}")
         sums = StepSums(self.model, self.accumulation, self.device)
         for batch in micro_batches:
-            sums.forward(batch).backward()
-        grad_norm = self._grad_norm()
-        self._update(lr, grad_norm)
+            with stage("forward"):
+                share = sums.forward(batch)
+            with stage("backward"):
+                share.backward()
+        with stage("gradient norm"):
+            grad_norm = self._grad_norm()
+        with stage("optimizer"):
+            self._update(lr, grad_norm)
         return sums.result(grad_norm)
 
     @torch.no_grad()
