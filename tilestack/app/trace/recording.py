@@ -18,6 +18,7 @@ from tilestack.app.hardware import peak_memory_bytes
 
 STEP = "tilestack step"
 MODULE = "tilestack module: "
+DATA = "tilestack data"
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,13 @@ def record(
     device: torch.device,
     warmup: int,
     steps: int,
+    traced: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Recording:
     """Run `step`, which returns its loss on the device: `warmup` times, `steps` times against the clock, and traced.
 
     One step more than `steps` is in the trace: the first starts on an idle device and is not like the others.
+    traced: False runs as many steps without a profiler (the ranks that nobody looks at); the trace is then empty.
     """
     losses = []
 
@@ -64,7 +67,11 @@ def record(
     _wait(device)
     step_ms = (time.perf_counter() - started) / steps * 1e3
     peak_gib = peak_memory_bytes(device) / 2**30
-    trace = _profiled(lambda: losses.append(step()), model, device, steps + 1, progress)
+    trace: dict[str, Any] = {}
+    if traced:
+        trace = _profiled(lambda: losses.append(step()), model, device, steps + 1, progress)
+    else:
+        run("untraced step", steps + 2)
     return Recording(trace, step_ms, peak_gib, [float(loss) for loss in losses])
 
 

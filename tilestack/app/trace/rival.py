@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedTokenizerBase
 
+from tilestack.app.config import Config
 from tilestack.app.data.packing import MicroBatch
+from tilestack.app.model import model_config
 
 # what transformers takes by itself, said by name: SDPA (cuDNN or flash on a GPU) and grouped matrix products
-ATTENTION, EXPERTS = "sdpa", "grouped_mm"
+BY_ITSELF = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
 
 
 class PlainTransformers(torch.nn.Module):
@@ -20,13 +23,10 @@ class PlainTransformers(torch.nn.Module):
     The load-balancing loss is on where its coefficient is not 0, as in a training with transformers alone.
     """
 
-    def __init__(self, config: transformers.Qwen3MoeConfig, dtype: torch.dtype):
+    def __init__(self, inner: transformers.Qwen3MoeForCausalLM):
         super().__init__()
-        self.inner = transformers.Qwen3MoeForCausalLM._from_config(
-            config, attn_implementation=ATTENTION, experts_implementation=EXPERTS, dtype=dtype
-        )
-        self.config = self.inner.config
-        self._coefficient = self.inner.router_aux_loss_coef
+        self.inner, self.config = inner, inner.config
+        self._coefficient = inner.router_aux_loss_coef
 
     def forward(
         self,
@@ -52,6 +52,22 @@ class PlainTransformers(torch.nn.Module):
         return SimpleNamespace(loss=output.loss, aux_loss=aux_loss, tokens_per_expert=None)
 
 
+def build_plain(config: Config, tokenizer: PreTrainedTokenizerBase) -> PlainTransformers:
+    """The model that `app.model.build` makes, with the same weights, as transformers alone makes it."""
+    dtype = getattr(torch, config.model.dtype)
+    shape = model_config(config, tokenizer)
+    torch.manual_seed(config.train.seed)
+    if config.model.path is None:
+        inner = transformers.Qwen3MoeForCausalLM._from_config(shape, dtype=dtype, **BY_ITSELF)
+    else:
+        inner = transformers.Qwen3MoeForCausalLM.from_pretrained(
+            config.model.path, config=shape, dtype=dtype, use_safetensors=True, trust_remote_code=False, **BY_ITSELF
+        )
+    if config.model.activation_checkpointing:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return PlainTransformers(inner)
+
+
 def as_transformers_likes_it(batch: MicroBatch) -> MicroBatch:
     """The micro-batch with pieces of one length as rows of a batch, for which SDPA needs no mask; others stay packed.
 
@@ -62,3 +78,8 @@ def as_transformers_likes_it(batch: MicroBatch) -> MicroBatch:
         return {name: each for name, each in batch.items() if name != "cu_seqlens"}
     rows = {name: batch[name].view(-1, length) for name in ("input_ids", "labels")}
     return rows | {"num_items": batch["num_items"]}
+
+
+def sums_of_weights(model: torch.nn.Module) -> torch.Tensor:
+    """The sum of every parameter: what tells two models with the same weights from two without."""
+    return torch.stack([each.detach().sum(dtype=torch.float64) for each in model.parameters()])
