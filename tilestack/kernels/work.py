@@ -1,7 +1,7 @@
-"""The arithmetic and the memory traffic that an op cannot avoid, from shapes alone: what a measured time is held against.
+"""The arithmetic and the traffic that an op cannot avoid, from shapes alone: what a measured time is held against.
 
 Floating-point operations are those of the mathematics, nothing that an implementation computes again. Bytes are every
-input read once and every output written once. A product counts 2 m n k; causal attention counts the pairs that are seen.
+input read once and every output written once. A product counts 2 m n k, causal attention the pairs that are seen.
 """
 
 from __future__ import annotations

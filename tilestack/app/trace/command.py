@@ -58,8 +58,8 @@ examples:
   torchrun --nproc-per-node 2 --no-python tilestack trace --distributed.zero 2     the first process is traced
 
 How to read it: shares are of the time in which the device works, so they add up to 100%; what the profile cannot place
-is in a box of its own. "of ceiling" is the least time that the arithmetic or the traffic of an op allows on this device,
-over the time that it took. The profiler slows the host: the time of a step without it stands beside."""
+is in a box of its own. "of ceiling" is the least time that the arithmetic or the traffic of an op allows on this
+device, over the time that it took. The profiler slows the host: the time of a step without it stands beside."""
 RIVAL = "transformers"
 FORMAT = 1
 

@@ -9,7 +9,16 @@ from typing import Any
 
 from tilestack.app.trace.attribution import LAYERS, OTHER
 from tilestack.app.trace.words import (
-    compared, flops, folder_of, headline, kernels_are, milliseconds, percent, rate, title_of, traffic,
+    compared,
+    flops,
+    folder_of,
+    headline,
+    kernels_are,
+    milliseconds,
+    percent,
+    rate,
+    title_of,
+    traffic,
 )  # fmt: skip
 
 CLASSES = dict(zip(LAYERS, ("application", "distributed", "model", "kernels", "libraries", "other"), strict=True))
@@ -32,8 +41,9 @@ def page(found: dict[str, Any]) -> str:
         *(_run(run, found) for run in found["runs"]),
         "</div><h2>One step over time</h2>",
         '<p class="soft small">The last step that was traced. Drag to move; Ctrl and the wheel, a double click or the '
-        "buttons zoom; with the keyboard: arrows, + and -, 0 for all, comma and full stop for the kernel before and after."
-        "</p><noscript><p>The timeline is drawn by the script in this page; all else is readable without.</p></noscript>",
+        "buttons zoom; with the keyboard: arrows, + and -, 0 for all, comma and full stop for the kernel before and "
+        "after.</p><noscript><p>The timeline is drawn by the script in this page; all else is readable without.</p>"
+        "</noscript>",
         *(_timeline(run, number, device["type"]) for number, run in enumerate(runs)),
         _how(found),
         f"</main><script>{_own('page.js')}</script></body></html>",
@@ -52,7 +62,8 @@ def _head(found: dict[str, Any]) -> str:
         f"{escape(found['date'][:16].replace('T', ' '))} UTC. In the same run a matrix product of "
         f"{escape(limits['dtype'])} reached <b>{flops(limits['matmul_tflops'])}</b> and a copy "
         f"<b>{traffic(limits['copy_gbps'])}</b>: the ceilings that every rate below is held against. "
-        f"{escape(kernels_are(found['device']['type']))}</p><p class='small'><code>{escape(found['command'])}</code></p>"
+        f"{escape(kernels_are(found['device']['type']))}</p>"
+        f"<p class='small'><code>{escape(found['command'])}</code></p>"
     )
 
 
@@ -130,17 +141,21 @@ def _entry(entry: dict[str, Any]) -> str:
     return (
         f"<tr><td><details><summary>{escape(entry['what'])}{who}</summary>{_kernels(entry)}</details></td>"
         f'<td class="bar"><span class="track"><span style="width:{100 * entry["share"]:.2f}%"></span></span></td>'
-        f'<td class="num soft">{percent(entry["share"])}</td><td class="num"><b>{milliseconds(entry["ms"]) or "0"}</b></td>'
+        f'<td class="num soft">{percent(entry["share"])}</td><td class="num"><b>{_ms(entry["ms"])}</b></td>'
         f'<td class="num wide">{milliseconds(entry["forward_ms"])}</td>'
         f'<td class="num wide"{said}>{milliseconds(entry["backward_ms"] + again)}{"*" if again else ""}</td>'
         f'<td class="num rate">{escape(rate(entry))}</td><td class="num ceiling">{ceiling}</td></tr>'
     )
 
 
+def _ms(value: float) -> str:
+    return milliseconds(value) or "0"
+
+
 def _kernels(entry: dict[str, Any]) -> str:
     rows = "".join(
         f'<li><span class="mono">{escape(each["name"])}</span><span>{escape(each["owner"])}</span>'
-        f'<span class="num">{each["calls"]:g} ×</span><span class="num">{milliseconds(each["ms"]) or "0"} ms</span></li>'
+        f'<span class="num">{each["calls"]:,.4g} times</span><span class="num">{_ms(each["ms"])} ms</span></li>'
         for each in entry["kernels"][:MOST_KERNELS]
     )
     rest = entry["kernels"][MOST_KERNELS:]
@@ -185,8 +200,8 @@ def _comparison(runs: list[dict[str, Any]]) -> str:
     ratio = theirs["step_ms"] / ours["step_ms"]
     return (
         f"<h2>{ratio:.2f} times the speed of plain {escape(theirs['name'])}</h2>"
-        f'<p class="soft">The same weights, text, loop and optimizer; the model is {escape(theirs["name"])}\' own, untouched, '
-        "with the attention and the experts that it takes by itself. Milliseconds of a step.</p>"
+        '<p class="soft">The same weights, text, loop and optimizer; the model is transformers\' own, untouched, with the '
+        "attention and the experts that it takes by itself. Milliseconds of a step.</p>"
         '<div class="box"><table class="compare"><thead><tr><th scope="col">part of a step</th>'
         f'<th class="pair" scope="col"><span class="chip ours">{escape(ours["name"])}</span> &nbsp; '
         f'<span class="chip theirs">{escape(theirs["name"])}</span></th>'
@@ -196,7 +211,7 @@ def _comparison(runs: list[dict[str, Any]]) -> str:
 
 def _compared(row: dict[str, Any], most: float, last: bool) -> str:
     pair = "".join(
-        f'<div class="{who}"><span style="width:{80 * row[who] / most:.2f}%"></span>{milliseconds(row[who]) or "0"}</div>'
+        f'<div class="{who}"><span style="width:{80 * row[who] / most:.2f}%"></span>{_ms(row[who])}</div>'
         for who in ("ours", "theirs")
     )
     ratio = row["ratio"]
@@ -221,8 +236,8 @@ def _timeline(run: dict[str, Any], number: int, device: str) -> str:
     buttons = "".join(
         f'<button type="button" data-key="{key}" aria-label="{what}">{shown}</button>'
         for key, shown, what in (
-            ("+", "+", "zoom in"), ("-", "−", "zoom out"), ("0", "all", "show the whole step"), (",", "‹", "kernel before"),
-            (".", "›", "next kernel"),
+            ("+", "+", "zoom in"), ("-", "−", "zoom out"), ("0", "all", "show the whole step"),
+            (",", "‹", "kernel before"), (".", "›", "next kernel"),
         )
     )  # fmt: skip
     text = json.dumps(drawn, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028")
@@ -230,8 +245,8 @@ def _timeline(run: dict[str, Any], number: int, device: str) -> str:
     return (
         f'<div class="timeline"><div class="bar"><h3>{name}</h3>{buttons}<span class="soft small">'
         f"{milliseconds(drawn['duration'] / 1e3)} ms with the host's part{kept}</span></div>"
-        f'<canvas tabindex="0" role="img" aria-label="Timeline of one step of {name}: what ran on the device, and what the '
-        f'host did. The tables above have the figures." id="timeline-{number}"></canvas><div class="tip"></div>'
+        f'<canvas tabindex="0" role="img" aria-label="Timeline of one step of {name}: what ran on the device, and what '
+        f'the host did. The tables above have the figures." id="timeline-{number}"></canvas><div class="tip"></div>'
         f'<p class="said" aria-live="polite"></p><script type="application/json">{text}</script></div>'
     )
 
@@ -245,12 +260,13 @@ def _how(found: dict[str, Any]) -> str:
     )
     return (
         "<h2>How to read it</h2><p>Times are of one step, the mean over the traced ones. A share is of the time in which "
-        "the device works, so shares add up to 100%; idle time stands beside. A kernel belongs to what launched it: an op of "
-        "tilestack's, a module of the model or a stage of the loop, in the backward pass by the operator that it "
+        "the device works, so shares add up to 100%; idle time stands beside. A kernel belongs to what launched it: an "
+        "op of tilestack's, a module of the model or a stage of the loop, in the backward pass by the operator that it "
         "differentiates. What the profile does not let us place is in a box of its own.</p><p>A rate is the arithmetic "
-        "or the traffic that an op cannot avoid (nothing computed twice, every tensor read or written once) over its time; "
-        "“of ceiling” is the least time that the two ceilings allow for it, over the time that it took. Kernels "
+        "or the traffic that an op cannot avoid (nothing computed twice, every tensor read or written once) over its "
+        "time; “of ceiling” is the least time that the two ceilings allow for it, over the time that it took. Kernels "
         "that run side by side count in full, each.</p>"
-        f"<p class='small soft'>The losses of every step that ran, warm-up first:</p><ul class='small mono'>{losses}</ul>"
-        f"<details class='noprint'><summary class='small'>the whole configuration</summary><pre>{configuration}</pre></details>"
+        "<p class='small soft'>The losses of every step that ran, warm-up first:</p>"
+        f"<ul class='small mono'>{losses}</ul><details class='noprint'><summary class='small'>the whole configuration"
+        f"</summary><pre>{configuration}</pre></details>"
     )

@@ -1,7 +1,7 @@
 """The figures of a traced run: what trace.json holds and what the terminal and the page show.
 
-Times are milliseconds of one step, the mean over the traced steps. A share is of the device's working time (the sum over
-all kernels; on a CPU over all operators), so shares add up to 1; idle time stands beside it.
+Times are milliseconds of one step, the mean over the traced steps. A share is of the device's working time (the sum
+over all kernels; on a CPU over all operators), so shares add up to 1; idle time stands beside it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,16 @@ from rich.text import Text
 
 from tilestack.app.trace.attribution import APPLICATION, DISTRIBUTED, KERNELS, LIBRARIES, MODEL, OTHER
 from tilestack.app.trace.words import (
-    compared, flops, folder_of, headline, kernels_are, milliseconds, percent, rate, title_of, traffic,
+    compared,
+    flops,
+    folder_of,
+    headline,
+    kernels_are,
+    milliseconds,
+    percent,
+    rate,
+    title_of,
+    traffic,
 )  # fmt: skip
 
 COLOURS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tilestack.app.explain import FOLDERS
-from tilestack.app.trace.attribution import LIBRARIES, OTHER
+from tilestack.app.trace.attribution import LIBRARIES
 
 OTHER_SAYS = "what the profile does not let us place"
 
@@ -58,8 +58,8 @@ def kernels_are(device: str) -> str:
     """What this page calls kernels."""
     if device == "cpu":
         return (
-            "This machine has no GPU: what is listed are operators of PyTorch on the CPU, each with the time that it took "
-            "by itself. tilestack's kernels did not run: on a CPU every op is its reference in plain PyTorch."
+            "This machine has no GPU: what is listed are operators of PyTorch on the CPU, each with the time that it "
+            "took by itself. tilestack's kernels did not run: on a CPU every op is its reference in plain PyTorch."
         )
     return "What is listed are kernels of the GPU with their own time on it."
 
