@@ -8,15 +8,15 @@ from collections.abc import Callable
 
 import torch
 
-REPEATS, WARMUP = 20, 3
-GPU_SIZE, GPU_BYTES = 8192, 2**30
-CPU_SIZE, CPU_BYTES = 1024, 2**27
+WARMUP = 3
+GPU_SIZE, GPU_BYTES, GPU_REPEATS = 8192, 2**30, 20
+CPU_SIZE, CPU_BYTES, CPU_REPEATS = 1024, 2**26, 5
 
 
 def ceilings(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """A product of square matrices in `dtype` in TFLOP/s, and a copy in GB/s (1e9 bytes, read and written).
 
-    On a GPU 8192 cubed and 1 GiB; on a CPU 1024 cubed and 128 MiB. Medians of 20.
+    On a GPU 8192 cubed and 1 GiB, medians of 20; on a CPU 1024 cubed and 64 MiB, medians of 5.
     """
     on_gpu = device.type == "cuda"
     size, count = (GPU_SIZE, GPU_BYTES) if on_gpu else (CPU_SIZE, CPU_BYTES)
@@ -40,13 +40,13 @@ def _median_seconds(call: Callable[[], object], device: torch.device) -> float:
         call()
     if device.type != "cuda":
         times = []
-        for _ in range(REPEATS):
+        for _ in range(CPU_REPEATS):
             started = time.perf_counter()
             call()
             times.append(time.perf_counter() - started)
         return statistics.median(times)
     # each of these takes longer than its launch, so that the GPU never waits for the host
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(GPU_REPEATS + 1)]
     for mark in marks[:-1]:
         mark.record()
         call()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
-import sys
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -69,6 +69,7 @@ def main(argv: list[str]) -> int:
     if "-h" in argv or "--help" in argv:
         print(USAGE)
         return 0
+    command = shlex.join(["tilestack", "trace", *argv])
     compare, argv = take_option(argv, "compare")
     if compare not in (None, RIVAL):
         raise UserError(f"--compare must be {RIVAL}, got {compare!r}")
@@ -87,6 +88,7 @@ def main(argv: list[str]) -> int:
     with Progress(quiet=world.rank != 0) as progress:
         found = trace(config, world, compare, warmup, steps, progress.say)
     if world.rank == 0:
+        found = {"command": command} | found
         show(found)
         for path in write(found, folder):
             print(f"{path.suffix[1:] + ':':6}{path}")
@@ -150,7 +152,6 @@ def trace(
     return {
         "format": FORMAT,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["tilestack", "trace", *sys.argv[2:]]),
         "device": {"name": describe(world.device), "type": world.device.type, "processes": world.world_size},
         "ceilings": limits | {"dtype": "bfloat16" if world.device.type == "cuda" else config.model.dtype},
         "facts": facts(config, shape),

@@ -200,8 +200,8 @@ def _comparison(runs: list[dict[str, Any]]) -> str:
     ratio = theirs["step_ms"] / ours["step_ms"]
     return (
         f"<h2>{ratio:.2f} times the speed of plain {escape(theirs['name'])}</h2>"
-        '<p class="soft">The same weights, text, loop and optimizer; the model is transformers\' own, untouched, with the '
-        "attention and the experts that it takes by itself. Milliseconds of a step.</p>"
+        '<p class="soft">The same weights, text, loop and optimizer; the model is transformers\' own, untouched, with '
+        "the attention and the experts that it takes by itself. Milliseconds of a step.</p>"
         '<div class="box"><table class="compare"><thead><tr><th scope="col">part of a step</th>'
         f'<th class="pair" scope="col"><span class="chip ours">{escape(ours["name"])}</span> &nbsp; '
         f'<span class="chip theirs">{escape(theirs["name"])}</span></th>'
@@ -259,13 +259,13 @@ def _how(found: dict[str, Any]) -> str:
         if "error" not in run
     )
     return (
-        "<h2>How to read it</h2><p>Times are of one step, the mean over the traced ones. A share is of the time in which "
-        "the device works, so shares add up to 100%; idle time stands beside. A kernel belongs to what launched it: an "
-        "op of tilestack's, a module of the model or a stage of the loop, in the backward pass by the operator that it "
-        "differentiates. What the profile does not let us place is in a box of its own.</p><p>A rate is the arithmetic "
-        "or the traffic that an op cannot avoid (nothing computed twice, every tensor read or written once) over its "
-        "time; “of ceiling” is the least time that the two ceilings allow for it, over the time that it took. Kernels "
-        "that run side by side count in full, each.</p>"
+        "<h2>How to read it</h2><p>Times are of one step, the mean over the traced ones. A share is of the time in "
+        "which the device works, so shares add up to 100%; idle time stands beside. A kernel belongs to what launched "
+        "it: an op of tilestack's, a module of the model or a stage of the loop, in the backward pass by the operator "
+        "that it differentiates. What the profile does not let us place is in a box of its own.</p><p>A rate is the "
+        "arithmetic or the traffic that an op cannot avoid (nothing computed twice, every tensor read or written once) "
+        "over its time; “of ceiling” is the least time that the two ceilings allow for it, over the time that it took. "
+        "Kernels that run side by side count in full, each.</p>"
         "<p class='small soft'>The losses of every step that ran, warm-up first:</p>"
         f"<ul class='small mono'>{losses}</ul><details class='noprint'><summary class='small'>the whole configuration"
         f"</summary><pre>{configuration}</pre></details>"
