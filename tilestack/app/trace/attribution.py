@@ -27,8 +27,12 @@ OWNERS = (OURS, CUBLAS, CUDNN, NCCL, CUTLASS, TORCH, COPIES, BLAS)
 _OWNER_OF_KERNEL = (
     (NCCL, r"^nccl|ncclDevKernel|ncclKernel"),
     (CUDNN, r"cudnn"),
-    # PyTorch's own grouped products, its flash and memory-efficient attention, flash-attn, xFormers
-    (CUTLASS, r"cutlass::device_kernel|flash_fwd|flash_bwd|flash::|FlashAttn|fmha_|attention_kernel"),
+    # PyTorch's own grouped products (a compiler may leave the name mangled), its flash and memory-efficient attention,
+    # flash-attn, xFormers
+    (
+        CUTLASS,
+        r"cutlass::device_kernel|7cutlass13device_kernel|grouped_gemm|flash_fwd|flash_bwd|flash::|fmha_|FlashAttn",
+    ),
     (CUBLAS, r"cublas|nvjet|xmma_gemm|cutlass_\d+_|cutlass::Kernel|gemm|gemv|splitK|dot_kernel|reduce_1Block_kernel"),
     (COPIES, r"^Memcpy|^Memset"),
 )
@@ -110,7 +114,8 @@ def surroundings(event: HostEvent) -> Surroundings:
             else:
                 operators.append(each.name)
                 linked = linked or (each.forward if node is None else None)
-                op = op or _op_of(each.name)
+                if module is None:  # what is outside of a module's range is a node of autograd that recomputes it
+                    op = op or _op_of(each.name)
         elif each.kind == "user_annotation":
             if module is None and each.name.startswith(MODULE):
                 module = each.name.removeprefix(MODULE)
@@ -154,10 +159,10 @@ def _op_of(name: str) -> tuple[str, str, str] | None:
 
 def owner_of_kernel(name: str, launch: HostEvent | None) -> str:
     """Who wrote a kernel of the device: by its name, or because one of our ops launched it with nothing in between."""
+    named = next((owner for owner, pattern in _OWNER_OF_KERNEL if re.search(pattern, name)), TORCH)
     around = next((each for each in launch.chain() if each.kind == "cpu_op"), None) if launch else None
-    if around is not None and around.name.startswith("tilestack::") and not name.startswith(("Memcpy", "Memset")):
-        return OURS
-    return next((owner for owner, pattern in _OWNER_OF_KERNEL if re.search(pattern, name)), TORCH)
+    ours = around is not None and around.name.startswith("tilestack::")
+    return OURS if ours and named not in (NCCL, COPIES) else named
 
 
 def owner_of_operator(event: HostEvent, around: Surroundings) -> str:
@@ -191,7 +196,9 @@ def place(around: Surroundings | None, owner: str) -> Place:
 
 def _in_model(around: Surroundings, owner: str) -> Place:
     part = _part_of_module(around)
-    if owner in (CUBLAS, CUDNN, CUTLASS, BLAS):
+    # a library clears its workspace with a fill of its own
+    in_library = owner == COPIES and any(_BLAS_OPS.match(name) for name in around.operators)
+    if owner in (CUBLAS, CUDNN, CUTLASS, BLAS) or in_library:
         what = part if part in (PROJECTIONS, ATTENTION) else f"{part}: products"
         return Place(LIBRARIES, part, what, "", around.direction)
     return Place(MODEL, part, part, "", around.direction)

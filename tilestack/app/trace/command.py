@@ -45,9 +45,9 @@ own), time, share, and the rates that they reach beside those that this device r
 Needs no GPU: on a CPU the operators of PyTorch take the place of kernels.
 
   --compare transformers   run plain transformers too: its untouched model on the same weights, data and optimizer
-  --steps N                steps that are reported, each the mean of N (default 3); warm-up and as many timed without
-                           the profiler come before, one more is traced and thrown away
-  --warmup N               steps before any of these (default 3); the first compiles the kernels
+  --steps N                steps under the profiler whose means are reported (default 3); one more is thrown away
+  --warmup N               steps before any other (default 3), the first compiles the kernels; then five are timed
+                           without the profiler
   --out FOLDER             where trace.html and trace.json go (default: a new folder in output.folder)
   others                   the options of tilestack train
 

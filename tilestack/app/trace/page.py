@@ -13,6 +13,7 @@ from tilestack.app.trace.words import (
     flops,
     folder_of,
     headline,
+    kernel_name,
     kernels_are,
     milliseconds,
     percent,
@@ -154,7 +155,8 @@ def _ms(value: float) -> str:
 
 def _kernels(entry: dict[str, Any]) -> str:
     rows = "".join(
-        f'<li><span class="mono">{escape(each["name"])}</span><span>{escape(each["owner"])}</span>'
+        f'<li><span class="mono" title="{escape(each["name"])}">{escape(kernel_name(each["name"]))}</span>'
+        f"<span>{escape(each['owner'])}</span>"
         f'<span class="num">{each["calls"]:,.4g} times</span><span class="num">{_ms(each["ms"])} ms</span></li>'
         for each in entry["kernels"][:MOST_KERNELS]
     )
@@ -174,8 +176,9 @@ def _below(run: dict[str, Any]) -> str:
         for each in run["owners"]
     )
     gaps = "".join(
-        f"<tr><td class='num'>{milliseconds(gap['ms'])}</td><td class='mono small'>{escape(gap['before'][:90])}</td>"
-        f"<td class='mono small wide'>{escape(gap['host'][:90])}</td></tr>"
+        f"<tr><td class='num'>{milliseconds(gap['ms'])}</td>"
+        f"<td class='mono small'>{escape(kernel_name(gap['before']))}</td>"
+        f"<td class='mono small wide'>{escape(kernel_name(gap['host']))}</td></tr>"
         for gap in run["gaps"]
         if milliseconds(gap["ms"])
     )

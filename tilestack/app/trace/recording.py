@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
 from tilestack.app.hardware import peak_memory_bytes
 
+TIMED = 5  # steps against the clock, without the profiler
 STEP = "tilestack step"
 MODULE = "tilestack module: "
 DATA = "tilestack data"
@@ -26,7 +27,7 @@ class Recording:
     """What the profiler saw of some steps.
 
     trace: the profiler's trace, in the format of Chrome's trace viewer.
-    step_ms: wall time of one step without the profiler, the mean over as many steps.
+    step_ms: wall time of one step without the profiler, the mean of TIMED.
     peak_gib: most memory in use.
     losses: of every step that ran, warm-up included.
     """
@@ -46,7 +47,7 @@ def record(
     traced: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Recording:
-    """Run `step`, which returns its loss on the device: `warmup` times, `steps` times against the clock, and traced.
+    """Run `step`, which returns its loss on the device: `warmup` times, TIMED times against the clock, and traced.
 
     One step more than `steps` is in the trace: the first starts on an idle device and is not like the others.
     traced: False runs as many steps without a profiler (the ranks that nobody looks at); the trace is then empty.
@@ -63,9 +64,9 @@ def record(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
-    run("timed step", steps)
+    run("timed step", TIMED)
     _wait(device)
-    step_ms = (time.perf_counter() - started) / steps * 1e3
+    step_ms = (time.perf_counter() - started) / TIMED * 1e3
     peak_gib = peak_memory_bytes(device) / 2**30
     trace: dict[str, Any] = {}
     if traced:

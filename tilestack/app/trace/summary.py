@@ -12,11 +12,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tilestack.app.trace.attribution import BACKWARD, FORWARD, LAYERS, OWNERS, PARTS, RECOMPUTE, Place
+from tilestack.app.trace.attribution import (
+    BACKWARD,
+    FORWARD,
+    KERNELS,
+    LAYERS,
+    LIBRARIES,
+    OWNERS,
+    PARTS,
+    RECOMPUTE,
+    Place,
+)
 from tilestack.app.trace.events import Events, HostEvent, read
 from tilestack.app.trace.rates import Rates
 from tilestack.app.trace.timeline import timeline
 from tilestack.app.trace.units import Places, Traced, Unit, covered, traced
+from tilestack.distributed.stages import PREFIX as STAGE
 
 DIRECTIONS = (FORWARD, BACKWARD, RECOMPUTE)
 MOST_GAPS = 6
@@ -89,7 +100,8 @@ def _entries(found: Traced, events: Events, places: Places, rates: Rates) -> dic
         into = entry(unit.place)
         into.ms[unit.place.direction] += unit.time / 1e3
         into.kernels[unit.owner, unit.name].append(unit)
-        work = rates.of(unit.host, places.around(unit.host))
+        has_work = unit.place.layer in (KERNELS, LIBRARIES)
+        work = rates.of(unit.host, places.around(unit.host)) if has_work else None
         if work is not None:
             call, flops, traffic = work
             key = (id(call), _identity(unit.place))
@@ -99,6 +111,8 @@ def _entries(found: Traced, events: Events, places: Places, rates: Rates) -> dic
                 into.flops[unit.place.direction] += flops
                 into.bytes[unit.place.direction] += traffic
     for event in _of_steps(events.host, found.steps):
+        if event.name == STAGE + BACKWARD:
+            continue  # what it does by itself is to wait for the thread of autograd
         where = places.of_operator(event)
         if _identity(where) in entries:
             entries[_identity(where)].host_ms += event.self_us / 1e3

@@ -17,6 +17,7 @@ from tilestack.app.trace.words import (
     flops,
     folder_of,
     headline,
+    kernel_name,
     kernels_are,
     milliseconds,
     percent,
@@ -29,6 +30,7 @@ COLOURS = {
     APPLICATION: "cyan", DISTRIBUTED: "blue", MODEL: "yellow", KERNELS: "green", LIBRARIES: "magenta", OTHER: "red",
 }  # fmt: skip
 MOST_KERNELS = 3
+LEAST_GAP_MS = 0.05
 WIDE = 110  # columns of a terminal from which on everything is shown
 BAR = 20
 SMALL = 0.005  # shares below are summed up in one line
@@ -150,7 +152,7 @@ def _entries(entries: list[dict[str, Any]], colour: str, width: int) -> Table:
         shown = [kernel for kernel in entry["kernels"][:MOST_KERNELS] if kernel["share"] >= SMALL]
         for kernel in shown or entry["kernels"][:1]:
             cells = {"ms": milliseconds(kernel["ms"]), "share": percent(kernel["share"])}
-            name = f"  {kernel['owner']}: {escape(kernel['name'])}"
+            name = f"  {kernel['owner']}: {escape(kernel_name(kernel['name']))}"
             table.add_row(name, *(cells.get(column, "") for column in columns), style="dim")
     rest = entries[len(large) :]
     if rest:
@@ -176,10 +178,11 @@ def _foot(run: dict[str, Any]) -> Group:
     if any(entry["recompute_ms"] for layer in run["layers"] for entry in layer["entries"]):
         lines.append("[dim]* with what the backward pass computes again (activation checkpointing)[/]")
     for gap in run["gaps"][:2]:
-        lines.append(
-            f"[dim]longest gaps: {milliseconds(gap['ms'])} ms before {escape(gap['before'][:60])}; "
-            f"the host was in {escape(gap['host'][:60])}[/]"
-        )
+        if gap["ms"] >= LEAST_GAP_MS:
+            lines.append(
+                f"[dim]a gap of {milliseconds(gap['ms'])} ms before {escape(kernel_name(gap['before'], 50))}; "
+                f"the host was in {escape(kernel_name(gap['host'], 50))}[/]"
+            )
     return Group(*(Text.from_markup(line) for line in lines))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tilestack.app.explain import FOLDERS
@@ -26,6 +27,20 @@ def milliseconds(value: float) -> str:
         return ""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:,.{digits}f}"
+
+
+def kernel_name(name: str, most: int = 96) -> str:
+    """A kernel's name without what every name has: return type, arguments, namespaces; cut at `most` characters."""
+    mangled = re.match(r"_ZN((?:\d+\w+?)+)I", name)
+    if mangled:  # Itanium's way to write a nested name: each part after its length
+        parts, rest = [], mangled[1]
+        while found := re.match(r"\d+", rest):
+            end = len(found[0]) + int(found[0])
+            parts.append(rest[len(found[0]) : end])
+            rest = rest[end:]
+        name = "::".join(parts) + "<...>"
+    name = re.sub(r"^void |\(anonymous namespace\)::|\b(?:at::native|at::cuda|at_cuda_detail|c10|std)::", "", name)
+    return name if len(name) <= most else name[: most - 3] + "..."
 
 
 def percent(share: float) -> str:
