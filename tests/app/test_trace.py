@@ -9,6 +9,7 @@ import torch
 from app.tiny_run import write_config
 from tilestack.app.ceilings import ceilings
 from tilestack.app.cli import main
+from tilestack.app.config import Config
 from tilestack.app.errors import UserError
 from tilestack.app.explain import named_device, training_calls
 from tilestack.app.model import new_config
@@ -19,7 +20,7 @@ from tilestack.app.trace.page import page
 from tilestack.app.trace.recording import MODULE, module_ranges
 from tilestack.app.trace.rival import as_transformers_likes_it
 from tilestack.app.trace.words import compared, milliseconds, percent
-from tilestack.kernels import ops
+from tilestack.kernels import ops, work
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,12 @@ def test_every_op_is_under_the_implementation_that_explain_names(traced, written
     found = {entry["what"]: entry["implementation"] for entry in entries(written["runs"][0], KERNELS)}
     assert found.items() <= expected.items()
     assert expected.keys() - found.keys() == {"sort_routes"}, "moe's reference needs no sorted routes"
+
+
+def test_every_op_of_a_training_step_has_a_formula_for_its_work():
+    shape = new_config(Config().model, 300, 0)
+    shape.mlp_only_layers = [1]
+    assert training_calls(Config(), shape, named_device("sm_90")).keys() <= set(work._FORMULAS)
 
 
 def test_forward_and_backward_of_an_op_are_told_apart(written):

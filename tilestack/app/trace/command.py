@@ -54,7 +54,7 @@ Needs no GPU: on a CPU the operators of PyTorch take the place of kernels.
 examples:
   tilestack trace                                          the preset for this machine
   tilestack trace --config my.yaml --compare transformers
-  tilestack trace --data.micro_batch_tokens 8192 --model.activation_checkpointing true
+  tilestack trace --data.micro_batch_tokens 8192 --model.activation_checkpointing full
   torchrun --nproc-per-node 2 --no-python tilestack trace --distributed.zero 2     the first process is traced
 
 How to read it: shares are of the time in which the device works, so they add up to 100%; what the profile cannot place
@@ -218,6 +218,7 @@ def _engine(name: str, config: Config, world: World, tokenizer: PreTrainedTokeni
         config.distributed,
         accumulation=accumulation,
         activation_checkpointing=config.model.activation_checkpointing,
+        activation_offload=config.model.activation_offload,
     )
 
 
@@ -242,13 +243,17 @@ def _figures(
     } | found
 
 
+def without_timelines(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures alone, which are small."""
+    return found | {"runs": [{k: v for k, v in run.items() if k != "timeline"} for run in found["runs"]]}
+
+
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
     """Write trace.html and trace.json (without the timelines) into `folder`; returns their paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out: {folder} cannot be made: {error}") from None
-    plain = found | {"runs": [{k: v for k, v in run.items() if k != "timeline"} for run in found["runs"]]}
     write_text(folder / "trace.html", page(found))
-    write_text(folder / "trace.json", json.dumps(plain, indent=1) + "\n")
+    write_text(folder / "trace.json", json.dumps(without_timelines(found), indent=1) + "\n")
     return [folder / "trace.html", folder / "trace.json"]

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from tilestack.app.config import Config
 from tilestack.app.data.packing import MicroBatch
 from tilestack.app.model import model_config
+from tilestack.models import recompute_activations
 
 # what transformers takes by itself, said by name: SDPA (cuDNN or flash on a GPU) and grouped matrix products
 BY_ITSELF = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
@@ -63,8 +64,7 @@ def build_plain(config: Config, tokenizer: PreTrainedTokenizerBase) -> PlainTran
         inner = transformers.Qwen3MoeForCausalLM.from_pretrained(
             config.model.path, config=shape, dtype=dtype, use_safetensors=True, trust_remote_code=False, **BY_ITSELF
         )
-    if config.model.activation_checkpointing:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(inner, config.model.activation_checkpointing)
     return PlainTransformers(inner)
 
 
