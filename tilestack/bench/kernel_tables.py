@@ -142,6 +142,28 @@ def failures(rows: list[dict]) -> list[str]:
     return lines
 
 
+def kvcache_block(run: dict) -> str:
+    """GB/s of keys and values, beside those of a copy."""
+    timed = [row for row in run["rows"] if row["ms_median"] is not None and row["implementation"] != "reference"]
+    names = ordered(row["implementation"] for row in timed)
+    lines = [
+        heading(run), "", _spread(timed), "",
+        f"| GB/s over keys and values | {' | '.join(names)} | tilestack over a copy |", "|---" * (len(names) + 2) + "|",
+    ]  # fmt: skip
+    for what in dict.fromkeys(row["case"]["case"] for row in timed):
+        rates = {row["implementation"]: row["gbps"] for row in timed if row["case"]["case"] == what}
+        cells = [f"{rates[name]:.0f}" if name in rates else "" for name in names]
+        own = f"{rates['tilestack-triton'] / run['ceilings']['copy_gbps']:.2f}" if "tilestack-triton" in rates else ""
+        lines.append(f"| {what} | {' | '.join(cells)} | {own} |")
+    return "\n".join([*lines, *_not_timed(run["rows"])]) + "\n"
+
+
+def _not_timed(rows: list[dict]) -> list[str]:
+    failed = [row for row in rows if isinstance(row["error"], str)]
+    return ["", *(f"- {row['case']['case']}, {row['implementation']}: {' '.join(row['error'].split())[:120]}"
+                  for row in failed)] if failed else []  # fmt: skip
+
+
 def moe_block(run: dict) -> str:
     """The block forward, and forward and backward, beside the roofline."""
     timed = [row for row in run["rows"] if row["ms_median"] is not None]

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tilestack.bench.kernel_tables import attention_block, moe_block
+from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
 from tilestack.bench.results import FOLDER, ROOT, read
 
 FIGURES = ROOT / "docs" / "figures"
@@ -199,6 +199,11 @@ def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
+def kvcache_table() -> str:
+    """A decoding step over a cache, a table for each machine."""
+    return "\n".join(kvcache_block(run) for run in _runs("kvcache")) or "Not measured yet.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -206,5 +211,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "numerics": numerics_table,
     "trace": trace_table,
     "attention": lambda: _of_kernel("attention", attention_block),
+    "kvcache": kvcache_table,
     "moe": lambda: _of_kernel("moe", moe_block),
 }
