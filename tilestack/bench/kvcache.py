@@ -120,7 +120,7 @@ def run(repeats: int = 20, folder: Path = FOLDER) -> Path:
     print(f"ceilings: {limits}", flush=True)
     rows = []
     for case in CASES:
-        for row in problem_rows(problem(case), repeats):
+        for row in problem_rows(problem(case), repeats, untimed=("reference",)):
             rows.append(row)
             print(describe(row), flush=True)
     return write("kvcache", rows, limits, folder)

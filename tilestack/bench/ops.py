@@ -107,8 +107,11 @@ def refuse_wrong(found: list[torch.Tensor], right: list[torch.Tensor]) -> None:
             raise RuntimeError(f"wrong: result {index} is off by {error:.1%}")
 
 
-def problem_rows(problem: Problem, repeats: int) -> Iterator[Row]:
-    """The rows of every variant of a problem; one that fails, is missing or is wrong says so in its row."""
+def problem_rows(problem: Problem, repeats: int, untimed: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The rows of every variant of a problem; one that fails, is missing or is wrong says so in its row.
+
+    untimed: variants that are no rivals, only what the others are held to.
+    """
     right = None
     for name, variant in problem.variants.items():
         try:
@@ -118,7 +121,8 @@ def problem_rows(problem: Problem, repeats: int) -> Iterator[Row]:
             del found
             gc.collect()
             torch.cuda.empty_cache()
-            yield from _timed(problem, name, variant, repeats)
+            if name not in untimed:
+                yield from _timed(problem, name, variant, repeats)
         except Exception as failure:  # whatever a rival raises is its row
             error = f"{type(failure).__name__}: {failure}"[:300]
             yield Row(problem.op, problem.case, name, "both", error=error)
