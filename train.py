@@ -56,6 +56,7 @@ def train(config: Config, resumed: Run | None) -> None:
         config.distributed,
         accumulation=config.train.micro_batches // world.world_size,
         activation_checkpointing=config.model.activation_checkpointing,
+        activation_offload=config.model.activation_offload,
     )
     first, position = 0, Position()
     if resumed is not None:

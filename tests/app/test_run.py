@@ -66,7 +66,7 @@ def test_the_exported_model_trains_on_from_its_path(finished, run_train, tmp_pat
 def test_bfloat16_with_activation_checkpointing_trains(run_train, tmp_path):
     config = write_config(
         tmp_path,
-        model={"dtype": "bfloat16", "activation_checkpointing": True},
+        model={"dtype": "bfloat16", "activation_checkpointing": "selective"},
         train={"steps": 6, "save_every": 0, "eval_every": 0},
         output={"export": False, "sample_tokens": 0},
     )

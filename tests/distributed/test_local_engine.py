@@ -111,7 +111,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(tmp_path, dtype
 
 
 def test_activation_checkpointing_changes_no_bit_and_keeps_the_load_balancing_gradient():
-    plain, checkpointed = local_engine(tiny_model()), local_engine(tiny_model(), activation_checkpointing=True)
+    plain, checkpointed = local_engine(tiny_model()), local_engine(tiny_model(), activation_checkpointing="full")
     assert checkpointed.model.is_gradient_checkpointing
     for step in range(3):
         batches = global_step(step, ACCUMULATION)

@@ -106,7 +106,7 @@ def run_stage(folder: Path, zero: int) -> dict:
     found["bfloat16 not finite"] = a_step_that_is_not_finite(low)
     found["inv_freq"] = [str(low.model.model.rotary_emb.inv_freq.dtype), *low.model.model.rotary_emb.inv_freq.tolist()]
 
-    found["checkpointed"] = losses(train(make(folder, distributed, activation_checkpointing=True), 0, 2))
+    found["checkpointed"] = losses(train(make(folder, distributed, activation_checkpointing="full"), 0, 2))
     own_file = DistributedConfig(engine="deepspeed", deepspeed_config=str(folder / f"own-{zero}.json"))
     found["own file"] = losses(train(make(folder, own_file), 0, 2))
     return found

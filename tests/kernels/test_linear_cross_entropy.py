@@ -140,6 +140,12 @@ def wrong(**changes):
         (wrong(reduction="sum", num_items=3), "num_items is the divisor of reduction='mean', got 'sum'"),
         (wrong(num_items=torch.ones(2)), r"num_items must be a number or one element, got \[2\]"),
         (wrong(num_items=-1), "num_items must be at least 0, got -1"),
+        (wrong(token_weights=torch.ones(6)), r"token_weights must be \[7\].*got \[6\]"),
+        (wrong(token_weights=torch.ones(7).half()), "token_weights must be torch.float32, got torch.float16"),
+        (wrong(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], got 1.5"),
+        (wrong(z_loss=-1e-4), "z_loss must be at least 0, got -0.0001"),
+        (wrong(softcap=0.0), "softcap must be a number above 0, or None for none, got 0.0"),
+        (wrong(reduction="none", return_token_losses=True), "return_token_losses goes with a scalar loss"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -218,7 +224,9 @@ def test_opcheck_passes(implementation, reduction, grad):
     hidden, weight, labels = example(grad=grad)
     num_items = torch.tensor(4, device=DEVICE) if reduction == "mean" else None
     forward = getattr(torch.ops.tilestack, f"linear_cross_entropy_forward_{implementation.split('-')[-1]}").default
-    torch.library.opcheck(forward, (hidden, weight, labels, num_items, -100, reduction, grad, grad))
+    torch.library.opcheck(
+        forward, (hidden, weight, labels, num_items, None, -100, reduction, 0.1, 1e-3, 20.0, grad, grad)
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -62,17 +62,17 @@ def run(implementation, *, reduction="mean", gradients=("hidden", "weight"), bac
     weight = torch.randn(VOCABULARY, HIDDEN, generator=generator).to(DEVICE)
     labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator).to(DEVICE)
     num_items = torch.tensor(TOKENS, device=DEVICE) if reduction == "mean" else None
-    params = op.LinearCrossEntropyParams(-100, reduction, "hidden" in gradients, "weight" in gradients)
+    params = op.LinearCrossEntropyParams(-100, reduction, 0.0, 0.0, 0.0, "hidden" in gradients, "weight" in gradients)
     with Recorder() as forward_recorder:
-        loss, *auxiliaries = implementation.forward(hidden, weight, labels, num_items, params)
+        loss, _, *auxiliaries = implementation.forward(hidden, weight, labels, num_items, None, params)
     if not backward:
         return forward_recorder, None
-    named = {"hidden": hidden, "weight": weight, "labels": labels, "num_items": num_items}
+    named = {"hidden": hidden, "weight": weight, "labels": labels, "num_items": num_items, "token_weights": None}
     named |= dict(zip(implementation.AUXILIARY, auxiliaries, strict=True))
     saved = [next((named[n] for n in key.split("|") if named[n] is not None and named[n].numel()), None)
              for key in implementation.SAVED]  # fmt: skip
     with Recorder() as backward_recorder:
-        implementation.backward(torch.ones_like(loss), *saved, needs=gradients, params=params)
+        implementation.backward(torch.ones_like(loss), None, *saved, needs=gradients, params=params)
     return forward_recorder, backward_recorder
 
 

@@ -36,6 +36,7 @@ FREE_KEYS = (
     "train.save_every",
     "train.keep_checkpoints",
     "model.activation_checkpointing",
+    "model.activation_offload",
 )
 
 

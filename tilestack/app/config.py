@@ -7,7 +7,7 @@ from typing import Literal
 
 from tilestack.app.errors import UserError
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig
-from tilestack.models import KernelChoice
+from tilestack.models import KernelChoice, Recomputation
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,9 @@ class ModelConfig:
 
     path: folder or hub name of a Qwen3-MoE checkpoint to start from; the sizes below are then its own
     dtype: of weights and activations; bfloat16 trains with float32 master weights
-    activation_checkpointing: recompute each layer in the backward pass instead of keeping its activations
+    activation_checkpointing: what the backward pass recomputes instead of finding it kept: "none", "selective" (of each
+        layer all but attention), "full" (all of each layer)
+    activation_offload: with activation_checkpointing, keep the inputs of the layers in the host's memory
     router_aux_loss_coef: weight of the load-balancing loss; 0 turns it off
     layers: decoder layers, each attention and experts
     hidden: width of the residual stream
@@ -33,7 +35,8 @@ class ModelConfig:
 
     path: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
-    activation_checkpointing: bool = False
+    activation_checkpointing: Recomputation = "none"
+    activation_offload: bool = False
     router_aux_loss_coef: float = 0.001
     layers: int = 4
     hidden: int = 128
@@ -155,6 +158,11 @@ def check(config: Config, world_size: int) -> None:
     name = config.output.name
     if name is not None and (not name or "/" in name):
         raise UserError(f"output.name ends the name of a folder inside output.folder, so it has no '/'; got {name!r}")
+    if config.model.activation_offload and config.model.activation_checkpointing == "none":
+        raise UserError(
+            "model.activation_offload keeps the inputs of recomputed layers on the host; set "
+            "model.activation_checkpointing to selective or full too"
+        )
     if config.model.path is None:
         _check_sizes(config.model)
         check_positions(config.data, config.model.max_positions, "model.max_positions")

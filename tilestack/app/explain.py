@@ -108,7 +108,12 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> str:
     with torch.device("meta"):
         parameters = sum(each.numel() for each in Qwen3MoeForCausalLM._from_config(shape).parameters())
     dtype = config.model.dtype
-    activations = "recomputed" if config.model.activation_checkpointing else "kept"
+    kept = {
+        "none": "all that the backward pass reads",
+        "selective": "each layer's input and attention's output; the rest is computed again",
+        "full": "each layer's input; the rest is computed again",
+    }[config.model.activation_checkpointing]
+    where = ", inputs on the host" if config.model.activation_offload else ""
     return _section("MODEL ARCHITECTURES", "tilestack/models/", [
         f"model      Qwen3MoeForCausalLM, {config.model.path or 'new'}, {dtype}"
         f"{', float32 master weights' if dtype == 'bfloat16' else ''}",
@@ -118,7 +123,7 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> str:
         f"{shape.head_dim}",
         f"experts    {shape.num_experts}, {shape.num_experts_per_tok} a token, hidden {shape.moe_intermediate_size}",
         f"parameters {parameters:,}, {active_parameters(shape):,} multiply each token",
-        f"memory     activations are {activations} for the backward pass",
+        f"kept       {kept}{where}",
     ])  # fmt: skip
 
 
@@ -198,9 +203,9 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
             q=q, k=k, q_weight=spec(D), k_weight=spec(D), cos=spec(1, T, D), sin=spec(1, T, D),
         ),
         "linear_cross_entropy": call(
-            LinearCrossEntropyParams(-100, "mean", True, True),
+            LinearCrossEntropyParams(-100, "mean", 0.0, 0.0, 0.0, True, True),
             hidden=spec(T, H), weight=spec(shape.vocab_size, H), labels=spec(T, of=torch.int64),
-            num_items=spec(of=torch.int64),
+            num_items=spec(of=torch.int64), token_weights=None,
         ),
         "adamw": call(
             AdamWParams(1, config.optimizer.lr, config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps,

@@ -23,8 +23,10 @@ def parser() -> argparse.ArgumentParser:
     benches = top.add_subparsers(dest="bench", required=True, metavar="BENCH")
     step = benches.add_parser("step", help="forward, loss and backward of Qwen3-30B-A3B's shape, beside transformers")
     step.add_argument("--layers", type=int, default=4, help="decoder layers of 48")
-    step.add_argument("--batch", type=int, default=4, help="sequences")
-    step.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
+    step.add_argument("--batch", type=int, default=4, help="sequences of the first case")
+    step.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence of the first case")
+    step.add_argument("--first-case-only", action="store_true", help="leave out 1 x 4096 and 1 x 32768")
+    step.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
     for name, what in (
         ("attention", "attention forward and backward over sequence lengths, host time, first calls"),
         ("moe", "a whole MoE block of Qwen3-30B-A3B, beside transformers'"),
@@ -61,8 +63,9 @@ def _run(arguments: argparse.Namespace) -> Path:
     if arguments.bench == "step":
         from tilestack.bench import step
 
-        case = step.StepCase(layers=arguments.layers, batch=arguments.batch, seqlen=arguments.seqlen)
-        return step.run([case], repeats=arguments.repeats, folder=arguments.out)
+        shapes = [(arguments.batch, arguments.seqlen), *([] if arguments.first_case_only else [(1, 4096), (1, 32768)])]
+        cases = [step.StepCase(layers=arguments.layers, batch=batch, seqlen=seqlen) for batch, seqlen in shapes]
+        return step.run(cases, arguments.only, arguments.repeats, arguments.out)
     if arguments.bench == "attention":
         from tilestack.bench import attention
 

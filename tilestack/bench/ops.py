@@ -1,16 +1,19 @@
 """`tilestack bench ops`: every implementation of every op at Qwen3-30B-A3B's shapes, in one run.
 
-The inputs are the `gpu_only` cases of the shared grid: what is timed is what `make test-gpu` checks.
+Two kinds of rows. The inputs of the first are the `gpu_only` cases of the shared grid: what is timed is what
+`make test-gpu` checks. Those of the second are `problems.py`: 16,384 tokens, beside Liger-Kernel, torch.compile and
+others, with GB/s or TFLOP/s over what the op at least moves or computes.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from tilestack.bench.problems import PROBLEMS, Problem, Tensors, Variant
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings, measure
 from tilestack.kernels import UnsupportedError, ops
@@ -19,6 +22,7 @@ from tilestack.testing.cases import all_cases
 from tilestack.testing.compare import Case, OpCases
 
 DTYPE = torch.bfloat16
+WRONG = 0.02  # relative: a scale that is off by a few per cent is a mistake, bf16 is not
 
 
 def calls(op: OpCases, case: Case, implementation: str) -> dict[str, Callable[[], object]]:
@@ -69,6 +73,75 @@ def rows_of(op: OpCases, case: Case, implementation: str, repeats: int) -> list[
     return rows
 
 
+def problem_calls(problem: Problem, tensors: Tensors, variant: Variant) -> dict[str, Callable[[], object]]:
+    """As `calls`, of one variant of a problem; an op that works in place has a forward alone."""
+    leaves = {
+        name: tensor.detach().requires_grad_() if name in problem.differentiable else tensor
+        for name, tensor in tensors.items()
+    }
+    wanted = [leaves[name] for name in problem.differentiable]
+
+    def forward() -> object:
+        with torch.no_grad():
+            return variant(tensors)
+
+    def both() -> tuple[torch.Tensor, ...]:
+        outputs = variant(leaves)
+        return (*outputs, *torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs]))
+
+    return {"forward": forward, "both": both} if wanted else {"forward": forward}
+
+
+def results(problem: Problem, variant: Variant) -> list[torch.Tensor]:
+    """Outputs and gradients of a variant, on the CPU; the tensors are the same at each call."""
+    torch.manual_seed(0)
+    *_, call = problem_calls(problem, problem.make(), variant).values()
+    return [each.detach().float().cpu() for each in call()]
+
+
+def refuse_wrong(found: list[torch.Tensor], right: list[torch.Tensor]) -> None:
+    """Raise RuntimeError unless the root mean square of every error is within WRONG of the size of what is right."""
+    for index, (one, other) in enumerate(zip(found, right, strict=True)):
+        error = ((one - other).norm() / other.norm()).item()
+        if not error <= WRONG:
+            raise RuntimeError(f"wrong: result {index} is off by {error:.1%}")
+
+
+def problem_rows(problem: Problem, repeats: int) -> Iterator[Row]:
+    """The rows of every variant of a problem; one that fails, is missing or is wrong says so in its row."""
+    right = None
+    for name, variant in problem.variants.items():
+        try:
+            found = results(problem, variant)
+            right = found if right is None else right
+            refuse_wrong(found, right)
+            del found
+            gc.collect()
+            torch.cuda.empty_cache()
+            yield from _timed(problem, name, variant, repeats)
+        except Exception as failure:  # whatever a rival raises is its row
+            error = f"{type(failure).__name__}: {failure}"[:300]
+            yield Row(problem.op, problem.case, name, "both", error=error)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _timed(problem: Problem, name: str, variant: Variant, repeats: int) -> Iterator[Row]:
+    tensors = problem.make()
+    held = torch.cuda.memory_allocated() / 2**30
+    for direction, call in problem_calls(problem, tensors, variant).items():
+        timing = measure(call, repeats)
+        rates = {
+            kind: amounts[direction] / timing.median / scale if direction in amounts else None
+            for kind, amounts, scale in (("gbps", problem.bytes, 1e6), ("tflops", problem.flops, 1e9))
+        }
+        yield Row(
+            problem.op, problem.case, name, direction, **rates,
+            ms_median=timing.median, ms_min=timing.low, ms_max=timing.high, peak_gib=timing.peak_gib - held,
+            overhead_us=timing.overhead_us, cold_s=timing.cold_s,
+        )  # fmt: skip
+
+
 def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER) -> Path:
     """Time every implementation that runs here on every large case, print as it goes, write the result file."""
     limits = ceilings()
@@ -85,6 +158,10 @@ def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER)
                 for row in rows_of(op, case, implementation.name, repeats):
                     rows.append(row)
                     print(describe(row), flush=True)
+    for name, make in PROBLEMS.items():
+        for row in problem_rows(make(), repeats) if not only or name in only else ():
+            rows.append(row)
+            print(describe(row), flush=True)
     return write("ops", rows, limits, folder)
 
 
@@ -93,4 +170,5 @@ def describe(row: Row) -> str:
     what = f"{row.op:22} {row.case['case']:36} {row.implementation:18} {row.direction:8}"
     if row.error:
         return f"{what} {row.error}"
-    return f"{what} {row.ms_median:9.3f} ms  {row.peak_gib:6.1f} GiB  host {row.overhead_us:6.0f} us"
+    rate = f"{row.gbps:6.0f} GB/s" if row.gbps else f"{row.tflops:6.0f} TFLOP/s" if row.tflops else ""
+    return f"{what} {row.ms_median:9.3f} ms  {row.peak_gib:6.1f} GiB  host {row.overhead_us:6.0f} us  {rate}"

@@ -1,9 +1,12 @@
-"""`tilestack bench step`: one training step (forward, loss, backward) beside plain transformers, in one run.
+"""`tilestack bench step`: one training step (forward, loss, backward) beside transformers' ways to run it, in one run.
 
 The model is Qwen3-30B-A3B's shape cut to a few layers, with random weights and the full vocabulary. Every
 implementation starts from the same weights and sees the same tokens, drawn from a Zipf distribution over the
-vocabulary, so that there is something to learn and the router has something to route. The first losses of a short
-training run (AdamW) are written beside the times.
+vocabulary, so that there is something to learn and the router has something to route. Beside the times: the first
+losses of a short training run, the longest sequence that one GPU trains on, and the optimizer's step over its bytes.
+
+Each implementation has a process of its own: Liger-Kernel patches transformers for good, and one that runs out of
+memory must not leave the next one less.
 """
 
 from __future__ import annotations
@@ -11,18 +14,24 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import transformers
 
+from tilestack.bench.isolated import one_after_another
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings, measure
+from tilestack.kernels import adamw
 from tilestack.models.flops import training_flops_per_token
 
 LOSS_STEPS = 20
 LEARNING_RATE = 3e-4
+PATIENCE_S = 300.0  # of one job: torch.compile takes its time
+ADAMW_BYTES = 28  # a parameter: bf16 gradient read, weight written; float32 master and moments read and written
+PROBES = (16384, 24576)  # two lengths whose peaks give the memory of a token
+LENGTH_MULTIPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -33,11 +42,13 @@ class StepCase:
     layers: int = 4
     batch: int = 4
     seqlen: int = 4096
+    checkpointing: bool = False
 
     def as_dict(self) -> dict:
         return {
             "model": self.model, "layers": self.layers, "batch": self.batch, "seqlen": self.seqlen, "gpus": 1,
-            "zero": 0, "expert_parallel": 1, "sequence_parallel": 1, "checkpointing": False, "optimizer": None,
+            "zero": 0, "expert_parallel": 1, "sequence_parallel": 1, "checkpointing": self.checkpointing,
+            "optimizer": None,
         }  # fmt: skip
 
 
@@ -59,6 +70,22 @@ def plain_transformers(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
     )
 
 
+def compiled_transformers(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
+    """transformers under torch.compile, the loss included."""
+    model = plain_transformers(config)
+    model.compile(dynamic=False)
+    return model
+
+
+def transformers_with_liger(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
+    """transformers with all that Liger-Kernel replaces in it: norms, rotary, experts, LM head with the loss."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
+
+    model = plain_transformers(config)
+    apply_liger_kernel_to_qwen3_moe(model=model)
+    return model
+
+
 def with_tilestack(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
     """The same class from tilestack, every kernel chosen by itself."""
     from tilestack import Qwen3MoeForCausalLM
@@ -68,8 +95,11 @@ def with_tilestack(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
 
 IMPLEMENTATIONS: dict[str, Callable[[transformers.Qwen3MoeConfig], torch.nn.Module]] = {
     "transformers": plain_transformers,
+    "transformers-compile": compiled_transformers,
+    "liger": transformers_with_liger,
     "tilestack": with_tilestack,
 }
+MAIN = ("transformers", "tilestack")  # whose losses and longest sequences are compared
 
 
 def build(name: str, case: StepCase, seed: int = 0) -> torch.nn.Module:
@@ -77,6 +107,8 @@ def build(name: str, case: StepCase, seed: int = 0) -> torch.nn.Module:
     torch.manual_seed(seed)
     with torch.device("cuda"):
         model = IMPLEMENTATIONS[name](qwen3_30b_a3b(case.layers))
+    if case.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
@@ -89,81 +121,174 @@ def zipf_tokens(batch: int, seqlen: int, vocabulary: int, seed: int) -> torch.Te
     return ids[ranks].view(batch, seqlen).cuda()
 
 
-def time_step(name: str, case: StepCase, repeats: int) -> Row:
-    """Median time of forward, loss and backward with gradients in bf16, freshly allocated each time."""
+def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Gradients in bf16, freshly allocated."""
+    model.zero_grad(set_to_none=True)
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+
+def time_step(name: str, case: StepCase, repeats: int) -> list[Row]:
+    """Median time of forward, loss and backward."""
     model = build(name, case)
     tokens = zipf_tokens(case.batch, case.seqlen, model.config.vocab_size, seed=1)
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-
-    timing = measure(step, repeats)
+    timing = measure(lambda: _step(model, tokens), repeats)
     n_tokens = case.batch * case.seqlen
     flops = training_flops_per_token(model.config, case.seqlen) * n_tokens
-    return Row(
+    row = Row(
         op="step", case=case.as_dict(), implementation=name, direction="step",
         ms_median=timing.median, ms_min=timing.low, ms_max=timing.high,
         tflops=flops / timing.median / 1e9, peak_gib=timing.peak_gib,
         tokens_per_s=n_tokens / timing.median * 1e3, overhead_us=timing.overhead_us, cold_s=timing.cold_s,
     )  # fmt: skip
+    return [row]
 
 
-def first_losses(name: str, case: StepCase, steps: int = LOSS_STEPS) -> Row:
-    """Losses of the first optimizer steps, batch 1: AdamW with bf16 states, which fits beside transformers' logits."""
-    case = StepCase(case.model, case.layers, 1, case.seqlen)
+def first_losses(name: str, case: StepCase, steps: int) -> list[Row]:
+    """Losses of the first optimizer steps: AdamW with bf16 states, which fits beside transformers' logits."""
     model = build(name, case)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     losses = []
     for step in range(steps):
-        tokens = zipf_tokens(1, case.seqlen, model.config.vocab_size, seed=100 + step)
+        tokens = zipf_tokens(case.batch, case.seqlen, model.config.vocab_size, seed=100 + step)
         loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.detach())
     described = case.as_dict() | {"optimizer": "adamw-bf16"}
-    return Row("step", described, name, "step", losses=[float(each) for each in losses])
+    return [Row("step", described, name, "step", losses=[float(each) for each in losses])]
 
 
-def attempt(measurement: Callable[[], Row], name: str, case: StepCase) -> Row:
-    """A row even if the variant fails, with the reason: one failure must not lose the others' figures."""
-    try:
-        row = measurement()
-    except (RuntimeError, ValueError) as failure:
-        row = Row("step", case.as_dict(), name, "step", error=f"{type(failure).__name__}: {str(failure)[:300]}")
+def longest_sequence(name: str, case: StepCase, repeats: int) -> list[Row]:
+    """The longest single sequence whose step fits on the GPU, in multiples of LENGTH_MULTIPLE, and one step's time.
+
+    Two short steps give the memory of a token; what they predict is tried, and less while it does not fit.
+    """
+    model = build(name, case)
+    peaks = {seqlen: _peak_gib(model, seqlen) for seqlen in PROBES}
+    per_token = (peaks[PROBES[1]] - peaks[PROBES[0]]) / (PROBES[1] - PROBES[0])
+    room = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1.0 - peaks[PROBES[0]]  # 1 GiB: CUDA's own
+    multiples = int((PROBES[0] + room / per_token) / LENGTH_MULTIPLE)
+    while multiples > 0:
+        seqlen = multiples * LENGTH_MULTIPLE
+        try:
+            peak = _peak_gib(model, seqlen)
+            break
+        except torch.OutOfMemoryError:
+            multiples = min(multiples - 1, int(multiples * 0.97))
+    else:
+        raise RuntimeError(f"not even {LENGTH_MULTIPLE} tokens fit")
+    case = replace(case, batch=1, seqlen=seqlen)
+    return [Row("longest_sequence", case.as_dict(), name, "step", peak_gib=peak)]
+
+
+def _peak_gib(model: torch.nn.Module, seqlen: int) -> float:
+    tokens = zipf_tokens(1, seqlen, model.config.vocab_size, seed=1)
+    model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return row
+    torch.cuda.reset_peak_memory_stats()
+    _step(model, tokens)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def optimizer_step(name: str, case: StepCase, repeats: int) -> list[Row]:
+    """AdamW over every parameter of the model: bf16 weights and gradients, float32 masters and moments."""
+    model = build(name, case)
+    slots = []
+    for parameter in model.parameters():
+        state = [torch.rand_like(parameter, dtype=torch.float32).mul_(1e-6) for _ in range(2)]
+        slots.append((parameter.data, torch.randn_like(parameter), *state, parameter.detach().float()))
+    scale = torch.ones((), device="cuda")
+    options = {"step": 10, "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+    def update() -> None:
+        for parameter, gradient, exp_avg, exp_avg_sq, master in slots:
+            adamw(parameter, gradient, exp_avg, exp_avg_sq, master=master, grad_scale=scale, **options)
+
+    timing = measure(update, repeats)
+    count = sum(each.numel() for each in model.parameters())
+    row = Row(
+        "optimizer", case.as_dict() | {"optimizer": "adamw", "parameters": count}, name, "step",
+        ms_median=timing.median, ms_min=timing.low, ms_max=timing.high, gbps=ADAMW_BYTES * count / timing.median / 1e6,
+        peak_gib=timing.peak_gib, overhead_us=timing.overhead_us, cold_s=timing.cold_s,
+    )  # fmt: skip
+    return [row]
+
+
+KINDS: dict[str, Callable[[str, StepCase, int], list[Row]]] = {
+    "time": time_step,
+    "losses": first_losses,
+    "longest": longest_sequence,
+    "optimizer": optimizer_step,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement in a child process; `count` is its repeats or steps."""
+
+    implementation: str
+    kind: str
+    case: StepCase
+    count: int
+
+
+def work(job: Job) -> list[Row]:
+    """What a child process does."""
+    try:
+        return KINDS[job.kind](job.implementation, job.case, job.count)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def jobs_of(name: str, cases: list[StepCase], repeats: int) -> list[Job]:
+    """All that is measured of one implementation."""
+    jobs = [Job(name, "time", case, repeats) for case in cases]
+    if name in MAIN:
+        first = cases[0]
+        jobs.append(Job(name, "losses", replace(first, batch=1), LOSS_STEPS))
+        for checkpointing in (False, True):
+            jobs.append(Job(name, "longest", replace(first, batch=1, checkpointing=checkpointing), 1))
+    if name == "tilestack":
+        jobs.append(Job(name, "optimizer", cases[0], repeats))
+    return jobs
 
 
 def run(
     cases: list[StepCase], implementations: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER
 ) -> Path:
     """Time every implementation on every case, print as it goes, write the result file."""
-    names = implementations or list(IMPLEMENTATIONS)
     limits = ceilings()
+    torch.cuda.empty_cache()
     print(f"ceilings: {limits}", flush=True)
     rows = []
-    for case in cases:
-        for name in names:
-            rows.append(attempt(lambda n=name, c=case: time_step(n, c, repeats), name, case))
-            print(describe(rows[-1]), flush=True)
-    for name in names:
-        rows.append(attempt(lambda n=name: first_losses(n, cases[0]), name, cases[0]))
-        print(describe(rows[-1]), flush=True)
+    for name in implementations or list(IMPLEMENTATIONS):
+        for job, result in one_after_another(jobs_of(name, cases, repeats), work, PATIENCE_S):
+            op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
+            failed = Row(op, job.case.as_dict(), name, "step", error=result if isinstance(result, str) else None)
+            for row in [failed] if failed.error else result:
+                rows.append(row)
+                print(describe(row), flush=True)
     return write("step", rows, limits, folder)
 
 
 def describe(row: Row) -> str:
     """One line for the terminal."""
-    shape = f"{row.case['batch']} x {row.case['seqlen']}, {row.case['layers']} layers"
+    what = f"{row.implementation:20} {row.case['batch']} x {row.case['seqlen']}, {row.case['layers']} layers"
+    what += ", checkpointing" * row.case["checkpointing"]
     if row.error:
-        return f"{row.implementation:14} {shape}: {row.error}"
+        return f"{what}: {row.op}: {row.error}"
     if row.losses:
-        return f"{row.implementation:14} {shape}: losses {' '.join(f'{each:.4f}' for each in row.losses)}"
+        return f"{what}: losses {' '.join(f'{each:.4f}' for each in row.losses)}"
+    if row.op == "longest_sequence":
+        return f"{what}: the longest sequence, {row.peak_gib:.1f} GiB"
+    if row.op == "optimizer":
+        return f"{what}: optimizer {row.ms_median:.1f} ms, {row.gbps:.0f} GB/s"
     spread = (row.ms_max - row.ms_min) / row.ms_median if row.ms_median else math.nan
     return (
-        f"{row.implementation:14} {shape}: {row.ms_median:7.1f} ms (spread {spread:.1%}), {row.tflops:5.0f} TFLOP/s, "
+        f"{what}: {row.ms_median:7.1f} ms (spread {spread:.1%}), {row.tflops:5.0f} TFLOP/s, "
         f"{row.tokens_per_s:7.0f} tokens/s, {row.peak_gib:5.1f} GiB, first call {row.cold_s:.1f} s"
     )

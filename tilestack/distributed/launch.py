@@ -18,7 +18,7 @@ from tilestack.distributed.config import DistributedConfig, OptimizerConfig
 from tilestack.distributed.engine import Engine
 from tilestack.distributed.local import LocalEngine
 from tilestack.distributed.world import LaunchError, World, current_world
-from tilestack.models import Qwen3MoeForCausalLM
+from tilestack.models import Qwen3MoeForCausalLM, Recomputation, recompute_activations
 
 
 def uses_deepspeed(distributed: DistributedConfig, world: World) -> bool:
@@ -69,7 +69,8 @@ def make_engine(
     optimizer: OptimizerConfig,
     distributed: DistributedConfig,
     accumulation: int,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: Recomputation = "none",
+    activation_offload: bool = False,
 ) -> Engine:
     """The engine that trains `model`: our own for one process, DeepSpeed from two on (or when asked for by name).
 
@@ -77,7 +78,8 @@ def make_engine(
         `build_model`. Its dtype decides the precision: bfloat16 weights get float32 master weights and moments,
         float32 ones are trained as they are.
     accumulation: micro-batches per step and rank.
-    activation_checkpointing: keep only the inputs of each layer and compute the rest again in the backward pass.
+    activation_checkpointing, activation_offload: what the layers keep for the backward pass, and whether on the host
+        (tilestack.models.recompute_activations).
 
     Raises ValueError for an accumulation below 1, another model, or weights that are neither bfloat16 nor float32.
     """
@@ -94,9 +96,7 @@ def make_engine(
         raise ValueError(
             f"the model's weights must be all float32 or all bfloat16, got {found}; set `dtype` at loading"
         )
-    if activation_checkpointing:
-        # reentrant checkpointing would drop the gradient of the load-balancing loss
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_activations(model, activation_checkpointing, offload=activation_offload)
     world = current_world()
     if uses_deepspeed(distributed, world):
         from tilestack.distributed.deepspeed_engine import DeepSpeedEngine

@@ -8,6 +8,7 @@ from tilestack.models.enable import Report, enable
 from tilestack.models.kernel_choice import KernelChoice
 from tilestack.models.layers import ZERO3_LEAF_CLASSES
 from tilestack.models.qwen3_moe import Qwen3MoeForCausalLM
+from tilestack.models.recomputation import Recomputation, recompute_activations
 from tilestack.models.registration import register
 from tilestack.models.rotary import restore_rotary_frequencies
 
@@ -17,8 +18,10 @@ __all__ = [
     "ZERO3_LEAF_CLASSES",
     "KernelChoice",
     "Qwen3MoeForCausalLM",
+    "Recomputation",
     "Report",
     "enable",
+    "recompute_activations",
     "register",
     "restore_rotary_frequencies",
 ]

@@ -8,6 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import modeling_qwen3_moe as original
 
 from tilestack.kernels import RouterOutput, linear_cross_entropy, qk_norm_rope, rms_norm, router, swiglu
+from tilestack.models.projections import project
 from tilestack.models.registration import NAME, autocast, kernels_of
 from tilestack.models.replacement import replaces
 
@@ -31,7 +32,7 @@ class Qwen3MoeAttention(original.Qwen3MoeAttention):
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
         rows = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (project(hidden_states).view(rows) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (each.view(rows) for each in project(hidden_states, self.q_proj, self.k_proj, self.v_proj))
         q, k = qk_norm_rope(
             q,
             k,
@@ -58,7 +59,7 @@ class Qwen3MoeAttention(original.Qwen3MoeAttention):
 @replaces(original.Qwen3MoeMLP)
 class Qwen3MoeMLP(original.Qwen3MoeMLP):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, self.gate_proj, self.up_proj)
         return self.down_proj(swiglu(gate, up, implementation=kernels_of(self).swiglu))
 
 
@@ -109,23 +110,34 @@ class Qwen3MoeDecoderLayer(original.Qwen3MoeDecoderLayer):
     def forward(
         self,
         hidden_states: torch.Tensor,
+        update: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
         router_statistics: bool = False,
+        deferred: bool = False,
         **kwargs,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """[B, S, H] -> [B, S, H]; with router_statistics an MoE layer also gives its two statistics.
 
         They are results, not a side effect, so that reentrant checkpointing gives them gradients.
+
+        update: what the layer before left to be added to hidden_states; the first norm adds it while it is at it.
+        deferred: give (hidden_states, update, *statistics), and leave the last addition to the next norm.
         """
         # by position: for a leaf that gets only keywords, ZeRO-3 takes the gradients before they are there
-        update, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        normalised, residual = self.post_attention_layernorm(update, residual=hidden_states)
-        if not isinstance(self.mlp, original.Qwen3MoeSparseMoeBlock):
-            return residual + self.mlp(normalised)
-        if not router_statistics:
-            return residual + self.mlp(normalised)
-        update, *statistics = self.mlp(normalised, token_mask, router_statistics=True)
-        return residual + update, *statistics
+        if update is None:
+            normalised, residual = self.input_layernorm(hidden_states), hidden_states
+        else:
+            normalised, residual = self.input_layernorm(update, residual=hidden_states)
+        update, _ = self.self_attn(normalised, **kwargs)
+        normalised, residual = self.post_attention_layernorm(update, residual=residual)
+        statistics = ()
+        if router_statistics and isinstance(self.mlp, original.Qwen3MoeSparseMoeBlock):
+            update, *statistics = self.mlp(normalised, token_mask, router_statistics=True)
+        else:
+            update = self.mlp(normalised)
+        if deferred:
+            return residual, update, *statistics
+        return (residual + update, *statistics) if statistics else residual + update
 
 
 @replaces(nn.Linear, child=(original.Qwen3MoeForCausalLM, "lm_head"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,10 +22,12 @@ from tilestack.kernels import load_balancing_loss
 from tilestack.models.config_v4 import add_v4_keys
 from tilestack.models.enable import enable
 from tilestack.models.kernel_choice import KernelChoice
-from tilestack.models.layers import LMHead
+from tilestack.models.layers import LMHead, Qwen3MoeDecoderLayer, Qwen3MoeRMSNorm
 from tilestack.models.loading import check_folder, check_loaded
 from tilestack.models.outputs import MoeCausalLMOutput, MoeModelOutput
 from tilestack.models.packing import Packing, find_packing, positions_of
+from tilestack.models.projections import is_hooked
+from tilestack.models.recomputation import inputs_on_host
 from tilestack.models.registration import NAME
 from tilestack.models.replacement import replaces
 from tilestack.models.rotary import restore_rotary_frequencies
@@ -74,31 +77,48 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
         kwargs["packing"] = self._packing(hidden, mask, position_ids, kwargs)
         position_embeddings = self.rotary_emb(hidden, position_ids=positions)
         token_mask = _token_mask(attention_mask, hidden.shape[1]) if router_statistics else None
-        statistics = []
-        for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden = layer(
-                hidden,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=past_key_values,
-                use_cache=use_cache,
-                position_embeddings=position_embeddings,
-                token_mask=token_mask,
-                router_statistics=router_statistics,
-                **kwargs,
-            )
-            if isinstance(hidden, tuple):
-                hidden, *of_layer = hidden
-                statistics.append(of_layer)
+        layers = self.layers[: self.config.num_hidden_layers]
+        deferred = self._defers_additions(layers)
+        update, statistics = None, []
+        offloads = inputs_on_host(self) and self.training and torch.is_grad_enabled()
+        keeps = torch.autograd.graph.save_on_cpu(pin_memory=True) if offloads else contextlib.nullcontext()
+        for layer in layers:
+            with keeps:
+                hidden = layer(
+                    *((hidden,) if update is None else (hidden, update)),
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    position_embeddings=position_embeddings,
+                    token_mask=token_mask,
+                    router_statistics=router_statistics,
+                    deferred=deferred,
+                    **kwargs,
+                )
+            if deferred:
+                hidden, update, *of_layer = hidden
+            else:
+                hidden, *of_layer = hidden if isinstance(hidden, tuple) else (hidden,)
+            statistics += [of_layer] if of_layer else []
         tokens_per_expert, probability_sum = (
             map(torch.stack, zip(*statistics, strict=True)) if statistics else (None, None)
         )
         return MoeModelOutput(
-            last_hidden_state=self.norm(hidden),
+            last_hidden_state=self.norm(hidden) if update is None else self.norm(update, residual=hidden)[0],
             past_key_values=past_key_values,
             tokens_per_expert=tokens_per_expert,
             probability_sum=probability_sum,
         )
+
+    def _defers_additions(self, layers) -> bool:
+        """Whether the last addition of a layer is left to the next norm, which then reads the sum no second time.
+
+        Not where somebody looks at the layers' outputs, nor under checkpointing, which would keep both terms.
+        """
+        checkpointing = self.training and any(each.gradient_checkpointing for each in layers)
+        ours = all(isinstance(each, Qwen3MoeDecoderLayer) and not is_hooked(each) for each in layers)
+        return ours and isinstance(self.norm, Qwen3MoeRMSNorm) and not is_hooked(self.norm) and not checkpointing
 
     def _positions(self, hidden, position_ids, past_key_values, kwargs) -> torch.Tensor:
         if position_ids is not None:

@@ -14,7 +14,7 @@ from tilestack.kernels.dispatch import Call
 from tilestack.kernels.reference_autograd import gradients
 
 AUXILIARY = ()
-SAVED = ("hidden", "weight", "labels", "num_items")
+SAVED = ("hidden", "weight", "labels", "num_items", "token_weights")
 
 MAX_CHUNK_LOGITS = 2**26  # 256 MiB of float32; a few tensors of that size are alive at once in backward
 
@@ -23,11 +23,20 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def token_losses(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, params) -> tuple[torch.Tensor]:
+def token_losses(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, token_weights: torch.Tensor | None, params
+) -> tuple[torch.Tensor]:
     """The loss of each token, [T]: the op's mathematics."""
     logits = hidden @ weight.T
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return (torch.nn.functional.cross_entropy(wide, labels, ignore_index=params.ignore_index, reduction="none"),)
+    if params.softcap:
+        wide = params.softcap * torch.tanh(wide / params.softcap)
+    losses = torch.nn.functional.cross_entropy(
+        wide, labels, ignore_index=params.ignore_index, label_smoothing=params.label_smoothing, reduction="none"
+    )
+    if params.z_loss:
+        losses = losses + params.z_loss * wide.logsumexp(-1).square().masked_fill(labels == params.ignore_index, 0)
+    return (losses if token_weights is None else losses * token_weights,)
 
 
 def divisor(labels: torch.Tensor, num_items: torch.Tensor | None, params, dtype: torch.dtype) -> torch.Tensor | float:
@@ -50,30 +59,37 @@ def check_labels(labels: torch.Tensor, vocabulary: int, params) -> None:
         )
 
 
-def forward(hidden, weight, labels, num_items, params):
+def forward(hidden, weight, labels, num_items, token_weights, params):
     check_labels(labels, weight.shape[0], params)
     losses = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for chunk in _chunks(labels, weight):
-        (losses[chunk],) = token_losses(hidden[chunk], weight, labels[chunk], params)
+        (losses[chunk],) = token_losses(hidden[chunk], weight, labels[chunk], _cut(token_weights, chunk), params)
     if params.reduction == "none":
-        return (losses,)
-    return (losses.sum() / divisor(labels, num_items, params, losses.dtype),)
+        return losses, losses.new_empty(0)
+    return losses.sum() / divisor(labels, num_items, params, losses.dtype), losses
 
 
-def backward(dloss, hidden, weight, labels, num_items, *, needs, params):
+def backward(dloss, _, hidden, weight, labels, num_items, token_weights, *, needs, params):
     upstream = (dloss / divisor(labels, num_items, params, dloss.dtype)).expand(labels.shape)
     found = {
         "hidden": hidden.new_empty(hidden.shape),
         "weight": weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)),
     }
     for chunk in _chunks(labels, weight):
-        inputs = {"hidden": hidden[chunk], "weight": weight, "labels": labels[chunk]}
+        inputs = {
+            "hidden": hidden[chunk], "weight": weight, "labels": labels[chunk],
+            "token_weights": _cut(token_weights, chunk),
+        }  # fmt: skip
         parts = dict(zip(needs, gradients(token_losses, inputs, (upstream[chunk],), needs, params), strict=True))
         if "hidden" in needs:
             found["hidden"][chunk] = parts["hidden"]
         if "weight" in needs:
             found["weight"] += parts["weight"]
     return tuple(found[name].to(weight.dtype) for name in needs)
+
+
+def _cut(tensor: torch.Tensor | None, chunk: slice) -> torch.Tensor | None:
+    return None if tensor is None else tensor[chunk]
 
 
 def _chunks(labels: torch.Tensor, weight: torch.Tensor) -> Iterator[slice]:

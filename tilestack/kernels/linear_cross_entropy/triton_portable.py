@@ -24,7 +24,7 @@ from tilestack.kernels.linear_cross_entropy import configs
 from tilestack.kernels.linear_cross_entropy.reference import check_labels, divisor
 
 AUXILIARY = ("dhidden_sum", "dweight_sum")
-SAVED = ("dhidden_sum|hidden", "weight", "labels", "num_items", "dweight_sum")
+SAVED = ("dhidden_sum|hidden", "weight", "labels", "num_items", "token_weights", "dweight_sum")
 
 
 def refuses(call: Call) -> str | None:
@@ -34,28 +34,57 @@ def refuses(call: Call) -> str | None:
 
 
 @triton.jit
-def _logsumexp(logits_ptr, V, BLOCK_V: tl.constexpr):
-    """The largest logit of a row, and log(sum(exp(logit - largest))): apart, they lose nothing to rounding."""
-    largest = -3.0e38  # finite, so that a block of -inf does not make inf - inf
-    total = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        offs = start + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
-        largest = larger
-    return largest, tl.log(tl.sum(total, 0))
+def _tanh(x):
+    small = x * x
+    series = x * (1 + small * (-1 / 3 + small * (2 / 15 + small * (-17 / 315 + small * (62 / 2835)))))
+    size = 1 - 2 / (tl.exp(2 * tl.abs(x)) + 1)  # loses relative precision near 0, where the series has it
+    return tl.where(small < 0.0625, series, tl.where(x < 0, -size, size))
 
 
 @triton.jit
-def _store_dlogits(logits_ptr, label, largest, log_total, dloss, V, BLOCK_V: tl.constexpr):
+def _load_logits(logits_ptr, offs, mask, softcap, SOFTCAP: tl.constexpr):
+    """Logits of a row and, with a softcap, tanh(raw / softcap), whose square its derivative needs."""
+    x = tl.load(logits_ptr + offs, mask=mask, other=float("-inf")).to(tl.float32)
+    squashed = x
+    if SOFTCAP:
+        squashed = _tanh(x / softcap)
+        x = tl.where(mask, squashed * softcap, float("-inf"))
+    return x, squashed
+
+
+@triton.jit
+def _logsumexp(logits_ptr, V, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The largest logit of a row, log(sum(exp(logit - largest))): apart, they lose nothing to rounding; their mean."""
+    largest = -3.0e38  # finite, so that a block of -inf does not make inf - inf
+    total = tl.zeros([BLOCK_V], tl.float32)
+    sum_x = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, V, BLOCK_V):
+        offs = start + tl.arange(0, BLOCK_V)
+        x, _ = _load_logits(logits_ptr, offs, offs < V, softcap, SOFTCAP)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
+        largest = larger
+        if SMOOTHING:
+            sum_x += tl.where(offs < V, x, 0.0)
+    return largest, tl.log(tl.sum(total, 0)), tl.sum(sum_x, 0) / V
+
+
+@triton.jit
+def _store_dlogits(
+    logits_ptr, label, largest, log_total, dloss, smoothing, z_slope, V, softcap,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     # from the end of the row to its start: what was read last is still in the L2 cache
     n_blocks = tl.cdiv(V, BLOCK_V)
     for block in range(0, n_blocks):
         offs = (n_blocks - 1 - block) * BLOCK_V + tl.arange(0, BLOCK_V)
-        x = tl.load(logits_ptr + offs, mask=offs < V, other=float("-inf")).to(tl.float32)
-        probability = tl.exp(x - largest - log_total)
-        dlogits = tl.where(offs == label, probability - 1.0, probability) * dloss
+        x, squashed = _load_logits(logits_ptr, offs, offs < V, softcap, SOFTCAP)
+        dlogits = tl.exp(x - largest - log_total) * z_slope
+        if SMOOTHING:
+            dlogits -= smoothing / V
+        dlogits = tl.where(offs == label, dlogits - (1 - smoothing), dlogits) * dloss
+        if SOFTCAP:
+            dlogits *= (1 - squashed) * (1 + squashed)
         tl.store(logits_ptr + offs, dlogits.to(logits_ptr.dtype.element_ty), mask=offs < V)
 
 
@@ -68,8 +97,9 @@ def _store_zeros(logits_ptr, V, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def cross_entropy_kernel(
-    logits_ptr, labels_ptr, loss_ptr, dloss_ptr, V, ignore_index,
-    HAS_LOSS: tl.constexpr, HAS_DLOSS: tl.constexpr, WITH_DLOGITS: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits_ptr, labels_ptr, token_weights_ptr, loss_ptr, dloss_ptr, V, ignore_index, smoothing, z_loss, softcap,
+    HAS_WEIGHTS: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_DLOSS: tl.constexpr, WITH_DLOGITS: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * V
@@ -82,16 +112,26 @@ def cross_entropy_kernel(
     else:
         # read before anything is written: the row is overwritten in place
         in_range = (label >= 0) & (label < V)
-        chosen = tl.load(logits_ptr + label, mask=in_range, other=float("nan")).to(tl.float32)
-        largest, log_total = _logsumexp(logits_ptr, V, BLOCK_V)
+        chosen, _ = _load_logits(logits_ptr, label, in_range, softcap, SOFTCAP)
+        largest, log_total, mean = _logsumexp(logits_ptr, V, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
         log_total = tl.where(in_range, log_total, float("nan"))
+        weight = 1.0
+        if HAS_WEIGHTS:
+            weight = tl.load(token_weights_ptr + row)
+        lse = largest + log_total
         if HAS_LOSS:
-            tl.store(loss_ptr + row, largest - chosen + log_total)
+            loss = largest - chosen + log_total
+            if SMOOTHING:
+                loss = (1 - smoothing) * loss + smoothing * (largest - mean + log_total)
+            tl.store(loss_ptr + row, (loss + z_loss * lse * lse) * weight)
         if WITH_DLOGITS:
-            dloss = 1.0
+            dloss = weight
             if HAS_DLOSS:
-                dloss = tl.load(dloss_ptr + row)
-            _store_dlogits(logits_ptr, label, largest, log_total, dloss, V, BLOCK_V)
+                dloss *= tl.load(dloss_ptr + row)
+            _store_dlogits(
+                logits_ptr, label, largest, log_total, dloss, smoothing, 1 + 2 * z_loss * lse, V, softcap,
+                SMOOTHING, SOFTCAP, BLOCK_V,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -101,7 +141,7 @@ def scale_kernel(sum_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, scaled.to(out_ptr.dtype.element_ty), mask=offs < n)
 
 
-def fake_auxiliary(hidden, weight, labels, num_items, params):
+def fake_auxiliary(hidden, weight, labels, num_items, token_weights, params):
     prepared = params.reduction != "none"
     return (
         hidden.new_empty(hidden.shape if prepared and params.hidden_gradient else (0,)),
@@ -109,33 +149,35 @@ def fake_auxiliary(hidden, weight, labels, num_items, params):
     )
 
 
-def forward(hidden, weight, labels, num_items, params):
+def forward(hidden, weight, labels, num_items, token_weights, params):
     check_labels(labels, weight.shape[0], params)
     prepared = params.reduction != "none"
-    dhidden_sum, dweight_sum = fake_auxiliary(hidden, weight, labels, num_items, params)
+    dhidden_sum, dweight_sum = fake_auxiliary(hidden, weight, labels, num_items, token_weights, params)
     losses = hidden.new_empty(labels.shape, dtype=torch.float32)
     _sweep(
-        hidden, weight, labels, params.ignore_index, losses=losses,
+        hidden, weight, labels, token_weights, params, losses=losses,
         dhidden=dhidden_sum if prepared and params.hidden_gradient else None,
         dweight=dweight_sum if prepared and params.weight_gradient else None,
     )  # fmt: skip
-    loss = losses.sum() / divisor(labels, num_items, params, losses.dtype) if prepared else losses
-    return loss, dhidden_sum, dweight_sum
+    if not prepared:
+        return losses, losses.new_empty(0), dhidden_sum, dweight_sum
+    loss = losses.sum() / divisor(labels, num_items, params, losses.dtype)
+    return loss, losses, dhidden_sum, dweight_sum
 
 
-def backward(dloss, hidden, weight, labels, num_items, dweight_sum, *, needs, params):
+def backward(dloss, _, hidden, weight, labels, num_items, token_weights, dweight_sum, *, needs, params):
     if params.reduction == "none":
-        return _backward_of_each(dloss, hidden, weight, labels, needs, params)
+        return _backward_of_each(dloss, hidden, weight, labels, token_weights, needs, params)
     factor = dloss / divisor(labels, num_items, params, dloss.dtype)
     sums = {"hidden": hidden, "weight": dweight_sum}  # dhidden_sum stands in hidden's place
     return tuple(_scaled(sums[name], factor, weight.dtype) for name in needs)
 
 
-def _backward_of_each(dloss, hidden, weight, labels, needs, params):
+def _backward_of_each(dloss, hidden, weight, labels, token_weights, needs, params):
     """Gradients for an upstream gradient that differs from token to token: the logits are made again."""
     dhidden = hidden.new_empty(hidden.shape) if "hidden" in needs else None
     dweight = weight.new_empty(weight.shape, dtype=torch.float32) if "weight" in needs else None
-    _sweep(hidden, weight, labels, params.ignore_index, dlosses=dloss.contiguous(), dhidden=dhidden, dweight=dweight)
+    _sweep(hidden, weight, labels, token_weights, params, dlosses=dloss.contiguous(), dhidden=dhidden, dweight=dweight)
     found = {"hidden": dhidden, "weight": dweight}
     return tuple(found[name].to(weight.dtype) for name in needs)
 
@@ -144,7 +186,8 @@ def _sweep(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
-    ignore_index: int,
+    token_weights: torch.Tensor | None,
+    params,
     *,
     losses: torch.Tensor | None = None,
     dlosses: torch.Tensor | None = None,
@@ -159,18 +202,21 @@ def _sweep(
     if dweight is not None and not hidden.shape[0]:
         dweight.zero_()
     labels = labels.contiguous()
+    token_weights = None if token_weights is None else token_weights.contiguous()
     vocabulary = weight.shape[0]
     buffer = None
     for chunk in configs.chunks(hidden.shape[0], vocabulary, hidden.element_size()):
         rows = hidden[chunk]
         buffer = rows.new_empty((rows.shape[0], vocabulary)) if buffer is None else buffer[: rows.shape[0]]
         torch.mm(rows, weight.T, out=buffer)
+        by_row = [None if each is None else each[chunk] for each in (token_weights, losses, dlosses)]
         with launch.on_device(buffer):
             cross_entropy_kernel[(rows.shape[0],)](
-                buffer, labels[chunk],
-                None if losses is None else losses[chunk], None if dlosses is None else dlosses[chunk],
-                vocabulary, ignore_index, HAS_LOSS=losses is not None, HAS_DLOSS=dlosses is not None,
-                WITH_DLOGITS=dhidden is not None or dweight is not None, **configs.softmax_tile(vocabulary),
+                buffer, labels[chunk], *by_row, vocabulary,
+                params.ignore_index, params.label_smoothing, params.z_loss, params.softcap,
+                HAS_WEIGHTS=token_weights is not None, HAS_LOSS=losses is not None, HAS_DLOSS=dlosses is not None,
+                WITH_DLOGITS=dhidden is not None or dweight is not None, SMOOTHING=params.label_smoothing > 0,
+                SOFTCAP=params.softcap > 0, **configs.softmax_tile(vocabulary),
             )  # fmt: skip
         if dhidden is not None:
             torch.mm(buffer, weight, out=dhidden[chunk])

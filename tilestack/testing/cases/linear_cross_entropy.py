@@ -18,6 +18,7 @@ def _make(
     shift: float = 0.0,
     layout: str = "contiguous",
     num_items: int | None = None,
+    weighted: bool = False,
 ):
     """ignored: the share of the labels that do not count. scale: roughly the size of the logits. shift: their mean."""
 
@@ -41,13 +42,25 @@ def _make(
             "weight": weight.to(device, dtype),
             "labels": labels.to(device),
             "num_items": None if num_items is None else torch.tensor(num_items, device=device),
+            "token_weights": _weights(tokens, dtype, device, generator) if weighted else None,
         }
 
     return make
 
 
+def _weights(tokens, dtype, device, generator):
+    """Some of them 0, some below it, as of a policy's advantages."""
+    weights = torch.randn(tokens, generator=generator)
+    weights[::5] = 0
+    return weights.to(device, torch.promote_types(dtype, torch.float32))
+
+
 def _call(tensors, arguments, implementation):
-    return {"loss": linear_cross_entropy(**tensors, **arguments, implementation=implementation)}
+    found = linear_cross_entropy(**tensors, **arguments, implementation=implementation)
+    return dict(zip(("loss", "token_losses"), found if isinstance(found, tuple) else (found,), strict=False))
+
+
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0}
 
 
 CASES = OpCases(
@@ -69,6 +82,28 @@ CASES = OpCases(
         Case("num_items", "the mean over a global batch", _make(24, 300, 64, ignored=0.3, num_items=40)),
         Case("all ignored", "the mean over nothing is 0, with zero gradients", _make(6, 300, 64, ignored=1.0)),
         Case("ignore_index", "a label that is also a word", _make(40, 5, 64), {"ignore_index": 3}),
+        Case("label smoothing", "every logit has a target", _make(24, 300, 64, ignored=0.3), {"label_smoothing": 0.2}),
+        Case("z-loss", "the log-sum-exp is part of the loss", _make(24, 300, 64, ignored=0.3), {"z_loss": 1e-2}),
+        Case("softcap", "the logits are bent, some of them flat", _make(24, 300, 64, scale=4.0), {"softcap": 3.0}),
+        Case("token weights", "a loss that counts double, not, or against", _make(24, 300, 64, weighted=True)),
+        Case(
+            "token losses",
+            "they are not divided",
+            _make(24, 300, 64, ignored=0.3, weighted=True),
+            {"return_token_losses": True},
+        ),
+        Case(
+            "everything, several blocks",
+            "options meet each other and a masked end",
+            _make(12, 9001, 64, ignored=0.3, num_items=20, weighted=True),
+            EVERYTHING | {"return_token_losses": True},
+        ),
+        Case(
+            "everything, none",
+            "backward makes it all again",
+            _make(16, 301, 64, ignored=0.3, weighted=True),
+            EVERYTHING | {"reduction": "none"},
+        ),
         Case("one token", "fewer rows than anything", _make(1, 300, 128)),
         Case("one word", "the loss is 0 and every gradient too", _make(4, 1, 16)),
         Case("no tokens", "an empty batch", _make(0, 300, 16)),
