@@ -7,8 +7,10 @@ traits, an implementation lacks some of them, and it must refuse exactly the cal
 import torch
 
 # (op, implementation) -> the traits it does not take; an implementation that is not named here takes every case
+FEATURES = {"softcap", "sinks", "ALiBi", "dropout"}
+ODD = "head dimension not a multiple of 8"
 LACKS = {
-    ("attention", "tilestack"): {"float32", "head dimension not 64 or 128"},
+    ("attention", "tilestack"): {"float32", "head dimension not 64 or 128", *FEATURES},
     ("attention", "cudnn"): {
         "float32",
         "head dimension over 128",
@@ -17,12 +19,23 @@ LACKS = {
         "uneven causal",
         "empty",
         "length 1",
+        ODD,
+        *FEATURES,
     },
-    ("attention", "sdpa-flash"): {"float32", "packed", "window", "uneven causal", "empty"},
-    ("attention", "sdpa-efficient"): {"float32", "grouped", "packed", "window", "uneven causal", "empty"},
-    ("attention", "flash-attn-2"): {"float32", "empty", "no document"},
-    ("attention", "flash-attn-4"): {"float32", "empty", "no document"},
-    ("attention", "xformers"): {"float32", "grouped", "window", "empty", "no document"},
+    ("attention", "sdpa-flash"): {"float32", "packed", "window", "uneven causal", "empty", ODD, *FEATURES},
+    ("attention", "sdpa-efficient"): {
+        "float32",
+        "grouped",
+        "packed",
+        "window",
+        "uneven causal",
+        "empty",
+        ODD,
+        *FEATURES,
+    },
+    ("attention", "flash-attn-2"): {"float32", "empty", "no document", ODD, "sinks", "ALiBi", "dropout"},
+    ("attention", "flash-attn-4"): {"float32", "empty", "no document", ODD, "sinks", "ALiBi", "dropout"},
+    ("attention", "xformers"): {"float32", "grouped", "window", "empty", "no document", ODD, *FEATURES},
     ("moe", "tilestack"): {"float32", "sizes not multiples of 64"},
 }
 
@@ -49,6 +62,11 @@ def _attention(tensors: dict, arguments: dict) -> set[str]:
         "no document": packed and len(tensors["cu_seqlens_q"]) == 1,
         "length 1": not packed and 1 in (q.shape[1], k.shape[1]),
         "grouped": q.shape[-2] != k.shape[-2],
+        ODD: q.shape[-1] % 8 != 0,
+        "softcap": arguments.get("softcap", 0) > 0,
+        "sinks": tensors["sinks"] is not None,
+        "ALiBi": tensors["alibi_slopes"] is not None,
+        "dropout": arguments.get("dropout_p", 0) > 0,
     }
     return {name for name, holds in found.items() if holds}
 

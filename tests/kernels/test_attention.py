@@ -160,10 +160,9 @@ def test_lse_carries_no_gradient():
     assert out.requires_grad and not lse.requires_grad
 
 
-@pytest.mark.parametrize("head_dim", [12, 264])
-def test_the_triton_kernels_say_which_head_dimensions_they_take(head_dim):
-    q = random(1, 4, 2, head_dim)
-    with pytest.raises(ValueError, match=f"multiples of 8 up to 256, got {head_dim}"):
+def test_the_triton_kernels_say_which_head_dimensions_they_take():
+    q = random(1, 4, 2, 257)
+    with pytest.raises(ValueError, match="head dimensions up to 256, got 257"):
         attention(q, q, q, implementation="tilestack-triton")
     assert attention(q, q, q, implementation="reference").shape == q.shape
 

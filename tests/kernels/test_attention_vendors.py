@@ -24,18 +24,23 @@ from tilestack.kernels.dispatch import Call, TensorSpec, UnsupportedError
 H100 = Device("cuda", "sm_90", "an H100")
 NO_FEATURES = (None, None, None)  # sinks, ALiBi slopes, the seed of dropout
 SDPA = [vendor_sdpa_cudnn, vendor_sdpa_flash, vendor_sdpa_efficient]
+PACKAGES = [vendor_flash_attn, vendor_flash_attn_4, vendor_xformers]
 
 
-def params(causal=False, left=-1, right=-1, scale=0.3, lengths=(-1, -1), deterministic=False):
-    return AttentionParams(scale, causal or right == 0, left, 0 if causal else right, *lengths, deterministic)
+def params(causal=False, left=-1, right=-1, scale=0.3, lengths=(-1, -1), deterministic=False, cap=0.0, drop=0.0):
+    return AttentionParams(
+        scale, causal or right == 0, left, 0 if causal else right, *lengths, deterministic, cap, drop
+    )
 
 
 def call(
-    q=(2, 64, 4, 64), k=None, *, dtype=torch.bfloat16, device=H100, documents=None, needs_grad=True, **more
+    q=(2, 64, 4, 64), k=None, *, dtype=torch.bfloat16, device=H100, documents=None, needs_grad=True, given=(), **more
 ) -> Call:
     offsets = None if documents is None else TensorSpec.contiguous((documents + 1,), torch.int32)
     specs = {"q": TensorSpec.contiguous(q, dtype), "k": TensorSpec.contiguous(k or q, dtype)}
     specs |= {"v": specs["k"], "cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    vector = TensorSpec.contiguous(q[-2:-1], torch.float32)
+    specs |= {name: vector if name in given else None for name in ("sinks", "alibi_slopes", "dropout_seed")}
     return Call(device, specs, params(**more), needs_grad)
 
 
@@ -60,6 +65,11 @@ PACKED = {"q": (64, 4, 64), "documents": 3}
         *[(each, GROUPED, "grouped") for each in (vendor_sdpa_efficient, vendor_xformers)],
         *[(each, {"deterministic": True}, "deterministic=True") for each in (*SDPA, vendor_xformers)],
         (vendor_flash_attn_4, PACKED | {"deterministic": True}, "deterministic=True"),
+        *[(each, {"cap": 5.0}, "has no softcap") for each in (*SDPA, vendor_xformers)],
+        *[(each, {"given": ("sinks",)}, "has no sinks") for each in (*SDPA, *PACKAGES)],
+        *[(each, {"given": ("alibi_slopes",)}, "has no alibi_slopes") for each in (*SDPA, *PACKAGES)],
+        *[(each, {"drop": 0.1}, "has no dropout") for each in (*SDPA, *PACKAGES)],
+        (vendor_xformers, {"cap": 5.0, "given": ("sinks",)}, "has no softcap and no sinks"),
         (vendor_flash_attn, {"q": (5, 4, 64), "documents": 0}, "at least one document"),
     ],
 )
@@ -76,7 +86,7 @@ def test_what_a_library_lacks_is_refused_with_the_reason(module, asked, reason):
         *[
             (each, asked)
             for each in (vendor_flash_attn, vendor_flash_attn_4)
-            for asked in (PACKED, UNEVEN, {"left": 3, "right": 1}, {"deterministic": True})
+            for asked in ({"cap": 5.0}, PACKED, UNEVEN, {"left": 3, "right": 1}, {"deterministic": True})
         ],
         (vendor_flash_attn, PACKED | {"deterministic": True}),
         (vendor_xformers, PACKED),
@@ -221,6 +231,10 @@ CASES = {
     "packed": (tensors(20, 25, offsets=OFFSETS), params()),
     "packed, causal, spare rows": (tensors(24, 30, offsets=OFFSETS), params(causal=True, lengths=(13, 16))),
 }
+SOFT_CAPS = {
+    "soft cap": (tensors(20, 26), params(cap=1.5)),
+    "packed, soft cap": (tensors(20, 25, offsets=OFFSETS), params(causal=True, cap=1.5)),
+}
 WINDOWS = {
     "window": (tensors(20, 26), params(left=4, right=2)),
     "causal window": (tensors(20, 20), params(causal=True, left=5)),
@@ -245,8 +259,8 @@ def install(monkeypatch, **modules):
 
 # fmt: off  (signatures as the library has them)
 def flash_attn_2():
-    def asked(scale, causal, left, right, deterministic=False):
-        return params(causal, left, right, scale, deterministic=deterministic)
+    def asked(scale, causal, left, right, cap, deterministic=False):
+        return params(causal, left, right, scale, deterministic=deterministic, cap=cap)
 
     def forward(
         q,
@@ -263,8 +277,8 @@ def flash_attn_2():
         cu_q=None,
         cu_k=None,
     ):
-        assert (dropout_p, softcap, alibi_slopes, return_softmax) == (0.0, 0.0, None, False)
-        options = asked(softmax_scale, causal, window_size_left, window_size_right)
+        assert (dropout_p, alibi_slopes, return_softmax) == (0.0, None, False)
+        options = asked(softmax_scale, causal, window_size_left, window_size_right, softcap)
         out, lse = reference.forward(q, k, v, cu_q, cu_k, *NO_FEATURES, options)
         rows = slice(int(cu_q[-1]), None) if cu_q is not None else slice(0, 0)
         lse = torch.where(lse == -torch.inf, torch.inf, lse)  # what the kernels do
@@ -331,8 +345,8 @@ def flash_attn_2():
         cu_q=None,
         cu_k=None,
     ):
-        assert (dropout_p, softcap, alibi_slopes) == (0.0, 0.0, None) and not (softmax_lse == -torch.inf).any()
-        options = asked(softmax_scale, causal, window_size_left, window_size_right, deterministic)
+        assert (dropout_p, alibi_slopes) == (0.0, None) and not (softmax_lse == -torch.inf).any()
+        options = asked(softmax_scale, causal, window_size_left, window_size_right, softcap, deterministic)
         lse = torch.where(softmax_lse == torch.inf, -torch.inf, softmax_lse)
         needs = ("q", "k", "v")
         saved = (q, k, v, cu_q, cu_k, *NO_FEATURES, out, lse)
@@ -400,21 +414,22 @@ def flash_attn_2():
 # fmt: on
 
 
-@pytest.mark.parametrize("name", CASES | WINDOWS)
+@pytest.mark.parametrize("name", CASES | WINDOWS | SOFT_CAPS)
 def test_flash_attn_2_gets_what_its_signature_asks_for(monkeypatch, name):
     install(monkeypatch, flash_attn={}, flash_attn__flash_attn_interface=flash_attn_2())
-    agrees_with_the_reference(vendor_flash_attn, *(CASES | WINDOWS)[name])
+    agrees_with_the_reference(vendor_flash_attn, *(CASES | WINDOWS | SOFT_CAPS)[name])
 
 
 def flash_attn_4():
-    def asked(scale, causal, left, right):
+    def asked(scale, causal, left, right, cap):
         assert left is None or left >= 0
         assert right is None or right >= 0
-        return params(causal, -1 if left is None else left, -1 if right is None else right, scale)
+        return params(causal, -1 if left is None else left, -1 if right is None else right, scale, cap=cap or 0.0)
 
-    def fwd(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse, cu_seqlens_q=None,
-            cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, out=None, lse=None):  # fmt: skip
-        options = asked(softmax_scale, causal, window_size_left, window_size_right)
+    def fwd(q, k, v, *, softmax_scale, causal, window_size_left, window_size_right, return_lse, softcap=None,
+            cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, out=None,
+            lse=None):  # fmt: skip
+        options = asked(softmax_scale, causal, window_size_left, window_size_right, softcap)
         found = reference.forward(q, k, v, cu_seqlens_q, cu_seqlens_k, *NO_FEATURES, options)
         assert return_lse
         if cu_seqlens_q is None:
@@ -427,7 +442,7 @@ def flash_attn_4():
     def bwd(q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
             window_size_right=None, *, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
             deterministic=False, dq=None, dk=None, dv=None):  # fmt: skip
-        options = asked(softmax_scale, causal, window_size_left, window_size_right)
+        options = asked(softmax_scale, causal, window_size_left, window_size_right, softcap)
         needs = ("q", "k", "v")
         found = reference.backward(
             dout, None, q, k, v, cu_seqlens_q, cu_seqlens_k, *NO_FEATURES, out, lse, needs=needs, params=options
@@ -442,10 +457,10 @@ def flash_attn_4():
     return {"_flash_attn_fwd": fwd, "_flash_attn_bwd": bwd}
 
 
-@pytest.mark.parametrize("name", CASES | WINDOWS)
+@pytest.mark.parametrize("name", CASES | WINDOWS | SOFT_CAPS)
 def test_flash_attn_4_gets_what_its_signature_asks_for(monkeypatch, name):
     install(monkeypatch, flash_attn={}, flash_attn__cute={}, flash_attn__cute__interface=flash_attn_4())
-    agrees_with_the_reference(vendor_flash_attn_4, *(CASES | WINDOWS)[name])
+    agrees_with_the_reference(vendor_flash_attn_4, *(CASES | WINDOWS | SOFT_CAPS)[name])
 
 
 class BlockDiagonal:

@@ -59,6 +59,8 @@ class Target:
 # Shared memory: CUDA C++ Programming Guide, table of compute capabilities; CDNA3 ISA guide, section 1 (64 KiB of LDS).
 TARGETS = {
     "sm_80": Target("cuda", 80, 32, 163 * 1024, 108, 255),
+    "sm_86": Target("cuda", 86, 32, 99 * 1024, 84, 255),
+    "sm_89": Target("cuda", 89, 32, 99 * 1024, 128, 255),
     "sm_90": Target("cuda", 90, 32, 227 * 1024, 132, 255),
     "sm_100": Target("cuda", 100, 32, 227 * 1024, 148, 255),
     "sm_120": Target("cuda", 120, 32, 99 * 1024, 188, 255),

@@ -54,13 +54,13 @@ def dropout_mask(
         sequence_heads[:, None, None],
         offset & _WORD,
     )
-    words = torch.stack(torch.broadcast_tensors(*_philox(seed & _WORD, (seed >> 32) & _WORD, *counter)), -1)
+    words = torch.stack(torch.broadcast_tensors(*philox(seed & _WORD, (seed >> 32) & _WORD, *counter)), -1)
     bits = torch.stack((words & 0xFFFF, words >> 16), -1)
     keep = bits.reshape(batch, heads, length_q, blocks * _POSITIONS) < threshold(dropout_p)
     return keep[..., :length_k]
 
 
-def _philox(key_low, key_high, c0, c1, c2, c3) -> tuple[torch.Tensor, ...]:
+def philox(key_low, key_high, c0, c1, c2, c3) -> tuple[torch.Tensor, ...]:
     """Four words of 32 bits in int64, whose product wraps around and keeps its upper word."""
     for _ in range(ROUNDS):
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

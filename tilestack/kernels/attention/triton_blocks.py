@@ -9,13 +9,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Numbers for whose divisibility no kernel is compiled anew: they change with every batch, and address nothing.
+VARYING = ("n_documents", "n_blocks", "left", "right", "stride_slopes", "threshold")
+
 
 @triton.jit
 def locate(
     own_offsets_ptr, other_offsets_ptr, n_documents, own_length, other_length, block, BLOCK: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """The sequence that a block belongs to: (own start, own length, other start, other length, block in sequence).
+    """The sequence that a block belongs to: (own start, own length, other start, other length, block in sequence,
+    number of the document).
 
     In packed input the blocks of document d begin at offset[d] // BLOCK + d: no more than one block a document is
     empty, and the number of blocks needs no length from the device. What lies after the last document is taken for
@@ -23,8 +27,8 @@ def locate(
     """
     own_start = 0
     other_start = 0
+    low = 0
     if PACKED:
-        low = 0
         high = n_documents + 1
         while high - low > 1:
             middle = (low + high) // 2
@@ -38,7 +42,7 @@ def locate(
         block -= own_start // BLOCK + low
         own_length = own_end - own_start
         other_length = tl.load(other_offsets_ptr + following) - other_start
-    return own_start, own_length, other_start, other_length, block
+    return own_start, own_length, other_start, other_length, block, low
 
 
 @triton.jit
@@ -69,9 +73,8 @@ def span(
 
 
 @triton.jit
-def sees(rows, keys, shift, length_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """Whether query `rows` may see `keys`; two index tensors that broadcast, shift = Sk - Sq."""
-    distance = keys - rows - shift
+def sees(keys, distance, length_k, left, right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
+    """Whether queries may see `keys`; distance = keys - rows - shift, from a query's own position, shift = Sk - Sq."""
     visible = keys < length_k
     if HAS_LEFT:
         visible &= distance >= -left

@@ -62,3 +62,22 @@ def exponential(x, PRECISION: tl.constexpr):
 def logarithm(x, PRECISION: tl.constexpr):
     """The natural logarithm; in float32 rounded once."""
     return tl.log(x) if PRECISION == "ieee" else tl.log2(x) * LN2
+
+
+@triton.jit
+def hyperbolic_tangent(x, PRECISION: tl.constexpr):
+    """tanh x.
+
+    1 - 2 / (e^2|x| + 1) is wrong by one unit of 1 in float32, which is much of a small tanh. For 16-bit dtypes that is
+    nothing; in float32 small arguments take an odd polynomial, fitted to a relative error of 1e-9 below 0.55.
+    """
+    if PRECISION != "ieee":
+        return 1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E)))
+    magnitude = tl.abs(x)
+    large = 1.0 - tl.div_rn(tl.full(x.shape, 2.0, tl.float32), 1.0 + exponential(2.0 * magnitude, PRECISION))
+    square = x * x
+    terms = (-6.27423357e-3 * square + 2.10716743e-2) * square - 5.38523085e-2
+    terms = (terms * square + 0.13332586) * square - 0.333333164
+    small = magnitude + magnitude * square * terms
+    result = tl.where(magnitude < 0.55, small, large)
+    return tl.where(x < 0.0, -result, result)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from tilestack.kernels import launch
-from tilestack.kernels.attention import configs
-from tilestack.kernels.attention.features import refuses_features
+from tilestack.kernels.attention import configs, dropout
+from tilestack.kernels.attention.features import sink_gradient
 from tilestack.kernels.attention.layout import empty_lse
 from tilestack.kernels.attention.triton_backward import attention_bwd_dk_dv_kernel, attention_bwd_dq_kernel
 from tilestack.kernels.attention.triton_forward import attention_fwd_kernel
@@ -18,7 +18,7 @@ from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Call
 
 AUXILIARY = ()
-SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
+SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "sinks", "alibi_slopes", "dropout_seed", "out", "lse")
 _MAX_ROW_STRIDE = 2**23  # times the rows of a tile: 32 bits
 
 
@@ -26,47 +26,67 @@ def refuses(call: Call) -> str | None:
     head_dim = call.shape("q")[-1]
     if call.dtype("q") == torch.float64:
         return "has no float64 path"
-    if head_dim % 8 or head_dim > configs.MAX_HEAD_DIM:
-        return f"takes head dimensions that are multiples of 8 up to {configs.MAX_HEAD_DIM}, got {head_dim}"
-    return refuses_features(call)
+    if head_dim > configs.MAX_HEAD_DIM:
+        return f"takes head dimensions up to {configs.MAX_HEAD_DIM}, got {head_dim}"
+    return None
 
 
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     q, k, v = (_readable(each) for each in (q, k, v))
     out, lse = q.new_empty(q.shape), empty_lse(q)
+    sinks = None if sinks is None else sinks.contiguous()
+    slopes, seed, *numbers = _features(alibi_slopes, dropout_seed, params)
     tile = _tiles(q, params).forward
     blocks = _blocks(q, cu_seqlens_q, tile.block_m)
     if blocks * q.shape[-2]:
         with launch.on_device(q):
             attention_fwd_kernel[_grid(q, blocks)](
-                q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, *_strides(q), *_strides(k), *_strides(v),
-                *_sizes(q, k, cu_seqlens_q), blocks, q.shape[-2], params.softmax_scale, *_window(params),
-                **_constants(q, k, tile, params),
+                q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k, slopes, seed,
+                *_strides(q), *_strides(k), *_strides(v), *_sizes(q, k, cu_seqlens_q), blocks, q.shape[-2],
+                params.softmax_scale, *_window(params), *numbers,
+                **_constants(q, k, tile, alibi_slopes, params),
             )  # fmt: skip
     return out, lse
 
 
-def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs, params):
+def backward(
+    dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, out, lse, *, needs, params
+):
     q, k, v, dout = (_readable(each) for each in (q, k, v, dout))
     dq, dk, dv, delta = (each.new_empty(each.shape) for each in (q, k, v, lse))
+    slopes, seed, *numbers = _features(alibi_slopes, dropout_seed, params)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     sizes = _sizes(q, k, cu_seqlens_q)
+    scores = (params.softmax_scale, *_window(params), *numbers)
     tiles = _tiles(q, params)
     blocks_q = _blocks(q, cu_seqlens_q, tiles.dq.block_m)
     blocks_k = _blocks(k, cu_seqlens_k, tiles.dk_dv.block_n)
     with launch.on_device(q):
         if blocks_q:
             attention_bwd_dq_kernel[_grid(q, blocks_q)](
-                q, k, v, out, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, *strides, *sizes, blocks_q, q.shape[-2],
-                params.softmax_scale, *_window(params), **_constants(q, k, tiles.dq, params),
+                q, k, v, out, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, slopes, seed, *strides, *sizes,
+                blocks_q, q.shape[-2], *scores, **_constants(q, k, tiles.dq, alibi_slopes, params),
             )  # fmt: skip
-        if blocks_k and needs != ("q",):
+        if blocks_k and ("k" in needs or "v" in needs):
             attention_bwd_dk_dv_kernel[_grid(k, blocks_k)](
-                q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, *strides, *sizes, blocks_k, k.shape[-2],
-                params.softmax_scale, *_window(params), **_constants(q, k, tiles.dk_dv, params),
+                q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, slopes, seed, *strides, *sizes,
+                blocks_k, k.shape[-2], *scores, **_constants(q, k, tiles.dk_dv, alibi_slopes, params),
             )  # fmt: skip
     found = {"q": dq, "k": dk, "v": dv}
+    if "sinks" in needs:
+        found["sinks"] = sink_gradient(sinks, lse, delta)
     return tuple(found[name] for name in needs)
+
+
+def _features(alibi_slopes: torch.Tensor | None, dropout_seed: torch.Tensor | None, params) -> tuple:
+    """Of all kernels: slopes, seed, soft cap, the slopes' stride from sequence to sequence, dropout's two numbers."""
+    stride = 0
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.contiguous()
+        stride = alibi_slopes.stride(0) if alibi_slopes.dim() == 2 else 0
+    seed = None if dropout_seed is None else dropout_seed.contiguous()
+    rescale = 1 / (1 - params.dropout_p)
+    return alibi_slopes, seed, params.softcap, stride, dropout.threshold(params.dropout_p), rescale
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,7 +130,7 @@ def _block_d(q: torch.Tensor) -> int:
     return max(16, launch.next_power_of_2(q.shape[-1]))
 
 
-def _constants(q: torch.Tensor, k: torch.Tensor, tile: configs.Tile, params) -> dict:
+def _constants(q: torch.Tensor, k: torch.Tensor, tile: configs.Tile, alibi_slopes: torch.Tensor | None, params) -> dict:
     return {
         "GROUP": q.shape[-2] // k.shape[-2],
         "HEAD_DIM": q.shape[-1],
@@ -120,6 +140,9 @@ def _constants(q: torch.Tensor, k: torch.Tensor, tile: configs.Tile, params) -> 
         "PACKED": q.dim() == 3,
         "HAS_LEFT": params.window_left >= 0,
         "HAS_RIGHT": params.window_right >= 0,
+        "HAS_SOFTCAP": params.softcap > 0,
+        "HAS_ALIBI": alibi_slopes is not None,
+        "HAS_DROPOUT": params.dropout_p > 0,
         "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,

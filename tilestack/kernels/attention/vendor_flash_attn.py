@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from tilestack.kernels.attention.features import SOFTCAP
 from tilestack.kernels.attention.vendor_common import (
     Abilities,
     longest,
@@ -19,7 +20,13 @@ from tilestack.kernels.attention.vendor_common import (
 AUXILIARY = ()
 SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
 ABILITIES = Abilities(
-    max_head_dim=256, packed=True, window=True, uneven_causal=True, deterministic=True, deterministic_packed=True
+    max_head_dim=256,
+    packed=True,
+    window=True,
+    uneven_causal=True,
+    deterministic=True,
+    deterministic_packed=True,
+    features=(SOFTCAP,),
 )
 refuses = ABILITIES.refuses
 
@@ -61,7 +68,7 @@ def _options(params) -> dict:
         "causal": params.causal,
         "window_size_left": params.window_left,
         "window_size_right": params.window_right,
-        "softcap": 0.0,
+        "softcap": params.softcap,
         "alibi_slopes": None,
     }
 

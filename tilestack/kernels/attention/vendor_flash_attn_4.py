@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from tilestack.kernels.attention.features import SOFTCAP
 from tilestack.kernels.attention.layout import empty_lse
 from tilestack.kernels.attention.vendor_common import Abilities, longest, readable, wanted
 
 AUXILIARY = ()
 SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
-ABILITIES = Abilities(max_head_dim=256, packed=True, window=True, uneven_causal=True, deterministic=True)
+ABILITIES = Abilities(
+    max_head_dim=256, packed=True, window=True, uneven_causal=True, deterministic=True, features=(SOFTCAP,)
+)
 refuses = ABILITIES.refuses
 
 
@@ -43,12 +46,13 @@ def _options(params) -> dict:
     def side(width: int) -> int | None:
         return None if width < 0 else width
 
-    return {
+    options = {
         "softmax_scale": params.softmax_scale,
         "causal": params.causal,
         "window_size_left": side(params.window_left),
         "window_size_right": side(params.window_right),
     }
+    return options | {"softcap": params.softcap} if params.softcap else options  # forward and backward disagree on none
 
 
 def _packing(q, k, cu_seqlens_q, cu_seqlens_k, params) -> dict:

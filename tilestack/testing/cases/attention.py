@@ -10,8 +10,13 @@ from tilestack.kernels import attention
 from tilestack.testing.compare import Case, OpCases
 
 
-def _dense(length_q: int, length_k: int, heads=(4, 2), head_dim=32, *, batch: int = 1, layout: str = "contiguous"):
-    """layout: contiguous [B, S, H, D]; transposed: views of [B, H, S, D]; fused: slices of one projection's output."""
+def _dense(
+    length_q: int, length_k: int, heads=(4, 2), head_dim=32, *, batch: int = 1, layout: str = "contiguous", **features
+):
+    """layout: contiguous [B, S, H, D]; transposed: views of [B, H, S, D]; fused: slices of one projection's output.
+
+    features: sinks, slopes ("shared" or "each": of each sequence its own), seed: tensors that the call gets too.
+    """
 
     def make(dtype, device, generator):
         def random(length, n_heads):
@@ -23,12 +28,14 @@ def _dense(length_q: int, length_k: int, heads=(4, 2), head_dim=32, *, batch: in
             q, k, v = random(length_q, sum(heads) + heads[1]).split((heads[0], heads[1], heads[1]), dim=2)
         else:
             q, k, v = random(length_q, heads[0]), random(length_k, heads[1]), random(length_k, heads[1])
-        return {"q": q, "k": k, "v": v, "cu_seqlens_q": None, "cu_seqlens_k": None}
+        offsets = {"cu_seqlens_q": None, "cu_seqlens_k": None}
+        extra = _features(heads[0], batch, dtype, device, generator, **features)
+        return {"q": q, "k": k, "v": v, **offsets, **extra}
 
     return make
 
 
-def _packed(lengths_q: tuple, lengths_k: tuple, heads=(2, 1), head_dim=32, *, spare: int = 0):
+def _packed(lengths_q: tuple, lengths_k: tuple, heads=(2, 1), head_dim=32, *, spare: int = 0, **features):
     """spare: rows after the last document, which belong to none."""
 
     def make(dtype, device, generator):
@@ -41,9 +48,23 @@ def _packed(lengths_q: tuple, lengths_k: tuple, heads=(2, 1), head_dim=32, *, sp
             "v": random(lengths_k, heads[1]),
             "cu_seqlens_q": _offsets(lengths_q, device),
             "cu_seqlens_k": _offsets(lengths_k, device),
+            **_features(heads[0], len(lengths_q), dtype, device, generator, **features),
         }
 
     return make
+
+
+def _features(heads: int, sequences: int, dtype, device, generator, *, sinks=False, slopes=None, seed=False) -> dict:
+    wide = torch.promote_types(dtype, torch.float32)
+    found = {"sinks": None, "alibi_slopes": None, "dropout_seed": None}
+    if sinks:
+        found["sinks"] = _random((heads,), dtype, device, generator)
+    if slopes:
+        shape = (heads,) if slopes == "shared" else (sequences, heads)
+        found["alibi_slopes"] = torch.rand(shape, generator=generator).to(device, wide)
+    if seed:
+        found["dropout_seed"] = torch.tensor([2**40 + 17, 2**33 + 5], device=device)
+    return found
 
 
 def _random(shape: tuple, dtype, device, generator) -> torch.Tensor:
@@ -60,12 +81,14 @@ def _call(tensors, arguments, implementation):
 
 
 _CAUSAL = {"causal": True}
+_DROPOUT = {"dropout_p": 0.2}
+_EVERYTHING = {"softcap": 2.0, "window_size": (30, 0), **_DROPOUT}
 _DOCUMENTS = (33, 0, 1, 50, 0, 9)
 
 CASES = OpCases(
     op="attention",
     call=_call,
-    differentiable=("q", "k", "v"),
+    differentiable=("q", "k", "v", "sinks"),
     cases=(
         Case("plain", "the common case, two in a batch", _dense(64, 64, batch=2)),
         Case("causal", "blocks before, on and after the diagonal", _dense(96, 96), _CAUSAL),
@@ -109,6 +132,43 @@ CASES = OpCases(
         ),
         Case("packed, spare rows", "rows after the last document give 0", _packed((40, 9), (20, 30), spare=37)),
         Case("packed, none", "no document at all", _packed((), (), spare=5)),
+        Case("head dimension 59", "no multiple of 8: rows begin anywhere", _dense(40, 50, (2, 1), 59), _CAUSAL),
+        Case("head dimension 80", "three quarters of a padded tile", _dense(20, 40, (2, 1), 80)),
+        Case("head dimension 111", "odd and large", _dense(40, 20, (2, 1), 111), _CAUSAL),
+        Case("head dimension 160", "padded to 256", _dense(20, 20, (1, 1), 160)),
+        Case("head dimension 192", "padded to 256", _dense(20, 20, (1, 1), 192), _CAUSAL),
+        Case("three keys", "queries by far outnumber keys", _dense(799, 3, (1, 1), 16), {"window_size": (400, 100)}),
+        Case("soft cap", "it bends most scores", _dense(40, 50), {"softcap": 1.5}),
+        Case(
+            "soft cap, packed, window",
+            "masks come after the cap",
+            _packed((33, 0, 50), (20, 3, 60)),
+            {"softcap": 3.0, "window_size": (20, 3)},
+        ),
+        Case("sinks", "the first queries see nothing else", _dense(60, 40, sinks=True), _CAUSAL),
+        Case("sinks, no keys", "lse is the sink", _dense(5, 0, sinks=True)),
+        Case("sinks, no queries", "their gradient is 0", _dense(0, 5, sinks=True)),
+        Case("sinks, packed, spare rows", "as queries without keys", _packed((40, 9), (20, 30), spare=7, sinks=True)),
+        Case("ALiBi", "keys to both sides, one slope a head", _dense(40, 50, batch=2, slopes="shared")),
+        Case(
+            "ALiBi, packed",
+            "each document has slopes, and its own alignment",
+            _packed((33, 0, 1, 50), (20, 5, 40, 9), slopes="each", spare=5),
+            _CAUSAL,
+        ),
+        Case("dropout", "every sequence and head has its own mask", _dense(40, 50, batch=2, seed=True), _DROPOUT),
+        Case(
+            "dropout, packed",
+            "indices count from a document's start",
+            _packed((33, 0, 1, 50), (33, 0, 1, 50), seed=True),
+            {"dropout_p": 0.7, **_CAUSAL},
+        ),
+        Case(
+            "everything, packed",
+            "features meet: cap, bias, mask, sink, dropout, in this order",
+            _packed((33, 1, 40), (20, 5, 50), (4, 2), sinks=True, slopes="each", seed=True),
+            _EVERYTHING,
+        ),
         Case("Qwen3-30B-A3B", "its length and groups, half its heads", _dense(4096, 4096, (16, 2), 128), _CAUSAL, True),
         Case("long window", "many blocks skipped", _dense(4096, 4096, (8, 2), 128), {"window_size": (500, 0)}, True),
         Case(
@@ -118,6 +178,18 @@ CASES = OpCases(
             _CAUSAL,
             gpu_only=True,
         ),
+        Case(
+            "everything, long documents",
+            "all features over many tiles",
+            _packed((1000, 0, 3000, 1, 95), (900, 3, 3000, 40, 95), (8, 2), 128, sinks=True, slopes="each", seed=True),
+            {"softcap": 15.0, "window_size": (700, 0), **_DROPOUT},
+            gpu_only=True,
+        ),
+        Case("long, sinks", "lengths differ by one", _dense(1024, 1023, (8, 2), 64, sinks=True), _CAUSAL, True),
+        Case("long, soft cap", "Gemma 2's", _dense(2048, 2048, (4, 2), 256), {"softcap": 50.0, **_CAUSAL}, True),
+        Case("long, ALiBi", "distances of thousands", _dense(2048, 2048, (4, 4), 96, slopes="shared"), _CAUSAL, True),
+        Case("long, dropout", "many tiles of its mask", _dense(1024, 1023, (8, 2), 128, seed=True), _DROPOUT, True),
+        Case("long, head dimension 192", "large tiles", _dense(1024, 1024, (4, 2), 192), _CAUSAL, True),
         Case("decoding", "one query, many keys", _dense(1, 5000, (32, 4), 128, batch=4), _CAUSAL, gpu_only=True),
     ),
 )

@@ -1,0 +1,202 @@
+"""Random calls of attention against the oracle: lengths, masks, features and layouts that nobody thought of.
+
+    python -m tilestack.testing.random_attention [--cases 1000] [--first 0] [--longest 600] [--implementation NAME ...]
+
+Everything about a call follows from its seed, which is printed where it fails; `--first SEED --cases 1` runs it again.
+Dtypes, head dimensions, heads, masks and features come from a fixed list of variants, so that a thousand calls need
+some dozens of compiled kernels; the lengths, the numbers and the strides are each call's own.
+
+Checked together, over all calls of an implementation and dtype: tensors of few numbers, and float32, where eager and
+FlashAttention lose about as much, at different places; of one call chance may decide which is twice the other.
+
+Not drawn: calls in which no query sees more than one key. There dq and dk are 0, which eager has exactly, and every
+FlashAttention, whose delta comes from out, up to rounding: no error is twice an error of 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from tilestack.kernels import UnsupportedError
+from tilestack.testing.cases.attention import CASES, _dense, _packed
+from tilestack.testing.compare import Case, assert_close, evaluate, to_oracle
+
+OURS = ("tilestack", "tilestack-triton")
+N_VARIANTS = 48
+FEW = 64  # numbers of a tensor that chance decides about
+MASKS = ("none", "causal", "window", "causal window", "left window")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What decides which kernels run. features: a subset of softcap, sinks, alibi, dropout."""
+
+    dtype: torch.dtype
+    head_dim: int
+    heads: tuple[int, int]
+    packed: bool
+    mask: str
+    features: tuple[str, ...]
+
+
+def variants() -> list[Variant]:
+    """The fixed list: half of it without features, a quarter with those that Hopper's kernels may have, too."""
+    rng = random.Random(0)
+    found = []
+    for index in range(N_VARIANTS):
+        names = ((), ("softcap", "sinks"), (), ("softcap", "sinks", "alibi", "dropout"))[index % 4]
+        features = tuple(name for name in names if rng.random() < 0.6)
+        found.append(
+            Variant(
+                rng.choices((torch.bfloat16, torch.float16, torch.float32), (6, 3, 1))[0],
+                rng.choices((64, 128, 96, 192, 256, 40, 59), (4, 4, 2, 1, 1, 1, 1))[0],
+                rng.choice(((4, 2), (2, 2), (4, 1), (6, 2))),
+                rng.random() < 0.5,
+                rng.choices(MASKS, (1, 3, 1, 2, 1))[0],
+                features,
+            )
+        )
+    return found
+
+
+@dataclass
+class Report:
+    """calls: how many of each implementation were within the rule or not; refused: how many it did not take."""
+
+    calls: Counter = field(default_factory=Counter)
+    refused: Counter = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+
+def make(seed: int, longest: int) -> tuple[Case, torch.dtype]:
+    """The call of a seed: no sequence is longer than `longest`."""
+    variant, rng = variants()[seed % N_VARIANTS], random.Random(seed)
+
+    def length() -> int:
+        return rng.choice((rng.randint(0, longest), rng.randint(1, longest), rng.randint(0, max(1, longest // 8))))
+
+    features = {
+        "sinks": "sinks" in variant.features,
+        "slopes": rng.choice(("shared", "each")) if "alibi" in variant.features else None,
+        "seed": "dropout" in variant.features,
+    }
+    if variant.packed:
+        lengths_q = tuple(length() for _ in range(rng.randint(0, 5)))
+        lengths_k = lengths_q if rng.random() < 0.5 else tuple(length() for _ in lengths_q)
+        if max(lengths_k, default=0) == 1:
+            lengths_k = tuple(2 * each for each in lengths_k)
+        spare = rng.choice((0, 0, rng.randint(1, 70)))
+        tensors = _packed(lengths_q, lengths_k, variant.heads, variant.head_dim, spare=spare, **features)
+    else:
+        batch, layout = rng.randint(1, 3), rng.choice(("contiguous", "transposed", "fused"))
+        length_q = length()
+        length_k = length_q if rng.random() < 0.5 else length()
+        if length_k == 1:
+            length_k = 2
+        if layout == "fused":
+            length_q = length_k
+        tensors = _dense(
+            length_q, length_k, variant.heads, variant.head_dim, batch=batch, layout=layout, **features
+        )  # fmt: skip
+    arguments = _mask(variant.mask, rng, longest) | _numbers(variant, rng)
+    if variant.packed and lengths_q and rng.random() < 0.5:
+        arguments |= {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
+    return Case(f"seed {seed}", "", tensors, arguments), variant.dtype
+
+
+def _mask(mask: str, rng: random.Random, longest: int) -> dict:
+    left, right = rng.randint(1, longest), rng.randint(0, longest // 2)
+    return {
+        "none": {},
+        "causal": {"causal": True},
+        "window": {"window_size": (left, right)},
+        "causal window": {"window_size": (left, right), "causal": True},
+        "left window": {"window_size": (left, -1)},
+    }[mask]
+
+
+def _numbers(variant: Variant, rng: random.Random) -> dict:
+    found = {"softmax_scale": rng.choice((None, rng.uniform(0.5, 2) * variant.head_dim**-0.5))}
+    if "softcap" in variant.features:
+        found["softcap"] = rng.choice((1.0, 5.0, 30.0))
+    if "dropout" in variant.features:
+        found["dropout_p"] = rng.choice((0.1, 0.17, 0.5, 0.9))
+    return found
+
+
+def run(seeds: Iterable[int], device: torch.device, longest: int, implementations: tuple[str, ...] = OURS) -> Report:
+    """Run the calls of the seeds and check every output and gradient by the rule of compare.py."""
+    report, pooled = Report(), defaultdict(list)
+    for seed in seeds:
+        case, dtype = make(seed, longest)
+        tensors = case.make(dtype, device, torch.Generator().manual_seed(seed))
+        exact = evaluate(CASES, case, to_oracle(tensors), "reference")
+        eager = evaluate(CASES, case, tensors, "reference")
+        for implementation in implementations:
+            try:
+                ours = evaluate(CASES, case, tensors, implementation)
+            except UnsupportedError:
+                report.refused[implementation] += 1
+                continue
+            report.calls[implementation] += 1
+            for name in exact:
+                triple = ours[name], eager[name], exact[name]
+                if exact[name].numel() < FEW or dtype == torch.float32:
+                    pooled[implementation, dtype, name].append((seed, triple))
+                else:
+                    _check(f"seed {seed}, {implementation}: {name}", triple, report)
+    for (implementation, dtype, name), found in pooled.items():
+        scaled = {seed: _scaled(*triple) for seed, triple in found}
+        worst = max(scaled, key=lambda seed: _difference(scaled[seed]))
+        where = f"{implementation}: {name} of {len(found)} calls in {dtype}, the worst of which is seed {worst}"
+        _check(where, tuple(map(torch.cat, zip(*scaled.values(), strict=True))), report)
+    return report
+
+
+def _check(where: str, triple: tuple, report: Report) -> None:
+    try:
+        assert_close(where, *triple)
+    except AssertionError as error:
+        report.failures.append(str(error))
+
+
+def _scaled(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Flat on the CPU, and divided by a power of two, so that all calls count alike."""
+    largest = exact.masked_fill(~exact.isfinite(), 0).abs().amax() if exact.numel() else torch.zeros(())
+    exponent = torch.frexp(largest).exponent.cpu()
+    return tuple(torch.ldexp(each.flatten().cpu(), -exponent).to(each.dtype) for each in (ours, eager, exact))
+
+
+def _difference(triple: tuple) -> float:
+    ours, _, exact = triple
+    return (ours.double() - exact).nan_to_num(0, 0, 0).abs().amax().item() if exact.numel() else 0.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns 1 where a call failed."""
+    parser = argparse.ArgumentParser(prog="python -m tilestack.testing.random_attention", description=__doc__)
+    parser.add_argument("--cases", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--longest", type=int, default=600, help="tokens of a sequence at most")
+    parser.add_argument("--implementation", action="append", help=f"default: {', '.join(OURS)}")
+    args = parser.parse_args(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seeds = range(args.first, args.first + args.cases)
+    report = run(seeds, device, args.longest, tuple(args.implementation or OURS))
+    for line in report.failures:
+        print(f"FAILED {line}")
+    for name in report.calls | report.refused:
+        print(f"{name}: {report.calls[name]} calls, {report.refused[name]} refused")
+    print(f"{len(report.failures)} of the checks failed" if report.failures else "all within the rule")
+    return 1 if report.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
