@@ -118,20 +118,17 @@ def test_the_gradient_of_a_query_that_sees_one_key_is_that_of_rounding():
     assert dk.abs().max() <= 239 * 2 * 40 * torch.finfo(torch.float32).eps * terms * q.abs().max() / k.abs().max()
 
 
+UNEVEN = [((1, 239), 32), ((239, 2), 40), ((113, 203), 59), ((799, 3), 64), ((3, 799), 111), ((128, 127), 128)]
+LARGE = [((113, 203), head_dim) for head_dim in (80, 96, 160, 192, 224, 256)] + [
+    ((1024, 1023), 128),
+    ((2048, 2048), 64),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("lengths", "head_dim"),
-    [
-        ((1, 239), 32),
-        ((239, 2), 40),
-        ((113, 203), 59),
-        ((799, 3), 64),
-        ((3, 799), 111),
-        ((128, 127), 128),
-        ((40, 50), 256),
-    ],
-    ids=str,
+    ("lengths", "head_dim"), UNEVEN + (LARGE if DEVICE.type == "cuda" else [((40, 50), 256)]), ids=str
 )
 def test_uneven_lengths_and_odd_head_dimensions_are_right(lengths, head_dim, causal, dtype):
     q, k, v, dout = inputs(1, *lengths, heads=2, kv_heads=1, head_dim=head_dim, dtype=dtype)
