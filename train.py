@@ -48,6 +48,7 @@ def train(config: Config, resumed: Run | None) -> None:
 
     # MODEL ARCHITECTURES, on OPTIMIZED KERNELS: from_pretrained, or new weights
     model = build(config, tokenizer)
+    learned = parameters(model)
 
     # DISTRIBUTED TRAINING: one process, or deepspeed.initialize
     engine = make_engine(
@@ -64,7 +65,7 @@ def train(config: Config, resumed: Run | None) -> None:
     run = open_run(config, resumed, tokenizer, world)
     loader = PackedLoader(*shared, config.train.micro_batches, config.train.seed, position)
     with opened(run, config, first, world.rank) as log:
-        log.say(f"{run.folder}: {parameters(model):,} parameters, {world.world_size} x {describe(world.device)}")
+        log.say(f"{run.folder}: {learned:,} parameters, {world.world_size} x {describe(world.device)}")
         loop(config, run, engine, iter(loader), held_out, first, log, source.identity())
     finish(run, config, engine, tokenizer)
 

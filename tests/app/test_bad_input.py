@@ -157,7 +157,7 @@ def stopped(finished, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"), [(_remove, "is missing"), (_truncate, "is truncated")], ids=["missing", "truncated"]
 )
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "random-00000.safetensors"])
+@pytest.mark.parametrize("name", ["pieces-00000-0000.safetensors", "engine.json", "random-00000.safetensors"])
 def test_a_resume_from_a_damaged_checkpoint(name, damage, said, stopped, refused):
     damage(stopped / "checkpoints" / "step-00000008" / name)
     message = refused("--resume", stopped)

@@ -44,3 +44,13 @@ def test_two_processes_resume_bit_for_bit_from_a_checkpoint_in_the_middle(two):
     shutil.rmtree(two / "checkpoints" / "step-00000008")
     torchrun("--resume", two)
     assert numbers(two) == before
+
+
+def test_one_process_goes_on_from_a_checkpoint_of_two(two, finished, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    process = python("train.py", "--resume", str(run), "--distributed.zero", "1")
+    said, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, f"{said[-2000:]}\n{errors[-4000:]}"
+    for ours, alone in zip(records(run), records(finished), strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5), f"step {ours['step']}"

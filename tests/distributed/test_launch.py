@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -12,8 +11,9 @@ from deepspeed.utils import z3_leaf_module
 from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
 from distributed.tiny import tiny_model
-from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, launch
+from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, SettingsError, World, launch
 from tilestack.distributed.deepspeed_settings import deepspeed_settings
+from tilestack.distributed.expert_parallel import ExpertGroup, split_experts
 
 CPU = torch.device("cpu")
 
@@ -88,19 +88,28 @@ def test_our_moe_blocks_are_marked_as_leaves_which_deepspeed_would_not_know():
     assert all(z3_leaf_module(block) for block in blocks)
 
 
-def test_a_pickle_that_would_run_code_is_refused_among_deepspeeds_files(tmp_path):
-    from tilestack.distributed.deepspeed_engine import _WeightsOnlyCheckpoints
+@pytest.mark.parametrize(
+    ("distributed", "said"),
+    [
+        (DistributedConfig(engine="deepspeed", zero=2, expert_parallel=3), "must divide the number of processes, 4"),
+        (DistributedConfig(engine="deepspeed", zero=3, expert_parallel=2), "ZeRO 1 or 2, got distributed.zero = 3"),
+    ],
+    ids=["ranks", "stage"],
+)
+def test_a_split_of_the_experts_that_cannot_be_is_refused_before_deepspeed_starts(distributed, said):
+    from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 
-    ran = tmp_path / "ran"
+    with pytest.raises(SettingsError, match=said):
+        DeepSpeedEngine(tiny_model(), OptimizerConfig(), distributed, 1, World(0, 4, CPU))
 
-    class Harmful:
-        def __reduce__(self):
-            return (ran.touch, ())
 
-    torch.save({"module": Harmful()}, tmp_path / "states.pt")
-    with pytest.raises(UnpicklingError, match="Weights only load failed"):
-        _WeightsOnlyCheckpoints.load(None, str(tmp_path / "states.pt"))
-    assert not ran.exists()
+@pytest.mark.parametrize(("ranks", "said"), [(3, "3 must divide the model's 8 experts"), (2, "grouped_mm")])
+def test_experts_that_cannot_be_split_are_refused(ranks, said):
+    model = tiny_model(experts_implementation="grouped_mm") if ranks == 2 else tiny_model()
+    if ranks == 2:
+        model.set_experts_implementation("grouped_mm")
+    with pytest.raises(SettingsError, match=said):
+        split_experts(model, ExpertGroup(None, 0, ranks, "experts"), chunks=1)
 
 
 class TestTheDeepSpeedConfiguration:

@@ -1,7 +1,8 @@
 """What torchrun starts for test_deepspeed_engine.py: trains the tiny model under one setting after another.
 
-usage: worker.py FOLDER STAGE..., with a checkpoint in FOLDER/model and a DeepSpeed file own-<zero>.json a stage.
-Every rank writes FOLDER/stage-<zero>-rank-<rank>.json.
+usage: worker.py FOLDER SETTING..., with a checkpoint in FOLDER/model and a DeepSpeed file own-<zero>.json a stage. A
+setting is a ZeRO stage ("3"), or one with so many ranks that share the experts ("2-experts-2").
+Every rank writes FOLDER/<setting>-rank-<rank>.json.
 """
 
 import json
@@ -50,25 +51,21 @@ def losses(steps: list[dict]) -> list[float]:
     return [step["loss"] for step in steps]
 
 
+def weights_of(engine) -> dict[str, torch.Tensor]:
+    return whole_weights(engine.model, keep=True, experts=engine.experts)
+
+
 def a_step_that_is_not_finite(engine) -> dict:
-    before = whole_weights(engine.model, keep=True)
+    before = weights_of(engine)
     spoil = engine.model.lm_head.register_forward_hook(lambda module, inputs, output: output * float("inf"))
     norm = engine.train_step(own_share(engine, 0), lr=1e-2).grad_norm
     spoil.remove()
-    after = whole_weights(engine.model, keep=True)
+    after = weights_of(engine)
     return {
         "norm is finite": bool(torch.isfinite(norm)),
         "weights are the same": all(torch.equal(after[name], before[name]) for name in before),
         "next norm": engine.train_step(own_share(engine, 0), lr=1e-2).grad_norm.item(),
     }
-
-
-def checkpoint_of_stage_9(folder: Path) -> Path:
-    other = folder / f"other-{os.environ['RANK']}"
-    other.mkdir(exist_ok=True)
-    state = {"engine": "deepspeed", "world_size": int(os.environ["WORLD_SIZE"]), "zero": 9}
-    (other / "engine.json").write_text(json.dumps(state))
-    return other
 
 
 def message(call, *arguments) -> str:
@@ -79,9 +76,14 @@ def message(call, *arguments) -> str:
     return "no error"
 
 
-def run_stage(folder: Path, zero: int) -> dict:
-    distributed = DistributedConfig(engine="deepspeed", zero=zero)
-    checkpoint = folder / f"checkpoint-{zero}"
+def chosen(setting: str, **options) -> DistributedConfig:
+    zero, _, experts = setting.partition("-experts-")
+    return DistributedConfig(engine="deepspeed", zero=int(zero), expert_parallel=int(experts or 1), **options)
+
+
+def run_setting(folder: Path, setting: str) -> dict:
+    distributed = chosen(setting)
+    checkpoint = folder / f"checkpoint-{setting}"
     engine = make(folder, distributed)
     found = {"steps": train(engine, 0, 3)}
     checkpoint.mkdir(exist_ok=True)
@@ -89,16 +91,17 @@ def run_stage(folder: Path, zero: int) -> dict:
     found["steps"] += train(engine, 3, STEPS)
     found["evaluation"] = engine.evaluate([micro_batch(7 + engine.rank), micro_batch(17 + engine.rank)])
     found["uneven evaluation"] = message(engine.evaluate, [micro_batch(7)] * (1 + engine.rank))
-    engine.export(folder / f"export-{zero}")
-    weights = whole_weights(engine.model, keep=True)
+    engine.export(folder / f"export-{setting}")
+    weights = weights_of(engine)
     if engine.rank == 0:
-        torch.save(weights, folder / f"weights-{zero}.pt")
+        torch.save(weights, folder / f"weights-{setting}.pt")
     found["leaves"] = sorted(name for name, module in engine.model.named_modules() if z3_leaf_module(module))
 
     resumed = make(folder, distributed)
     resumed.load(checkpoint)
     found["resumed"] = train(resumed, 3, STEPS)
-    found["another stage"] = message(resumed.load, checkpoint_of_stage_9(folder))
+    if engine.rank == 0:
+        found["files"] = sorted(path.name for path in checkpoint.iterdir())
     found["not finite"] = a_step_that_is_not_finite(resumed)
 
     low = make(folder, distributed, torch.bfloat16)
@@ -107,16 +110,29 @@ def run_stage(folder: Path, zero: int) -> dict:
     found["inv_freq"] = [str(low.model.model.rotary_emb.inv_freq.dtype), *low.model.model.rotary_emb.inv_freq.tolist()]
 
     found["checkpointed"] = losses(train(make(folder, distributed, activation_checkpointing="full"), 0, 2))
-    own_file = DistributedConfig(engine="deepspeed", deepspeed_config=str(folder / f"own-{zero}.json"))
+    own_file = chosen(setting, deepspeed_config=str(folder / f"own-{distributed.zero}.json"))
     found["own file"] = losses(train(make(folder, own_file), 0, 2))
     return found
 
 
+def run_reshaped(folder: Path, settings: list[str]) -> dict:
+    """The last two steps of each setting from the checkpoint of the one before it, or of a single process."""
+    found = {}
+    for setting, before in zip(settings, [*settings[-1:], *settings[:-1]], strict=True):
+        for saved in (before, "alone") if setting in ("3", "2-experts-2") else (before,):
+            engine = make(folder, chosen(setting))
+            engine.load(folder / f"checkpoint-{saved}")
+            found[f"{saved} -> {setting}"] = train(engine, 3, STEPS)
+    return found
+
+
 def main() -> None:
-    folder = Path(sys.argv[1])
-    for zero in map(int, sys.argv[2:]):
-        found = run_stage(folder, zero)
-        (folder / f"stage-{zero}-rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    folder, settings = Path(sys.argv[1]), sys.argv[2:]
+    results = {setting: run_setting(folder, setting) for setting in settings}
+    if len(settings) > 1:
+        results["reshaped"] = run_reshaped(folder, settings)
+    for name, found in results.items():
+        (folder / f"{name}-rank-{os.environ['RANK']}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 

@@ -1,8 +1,8 @@
 """Checkpoints of a run: complete or not there, whatever kills the process, and everything that a resume needs.
 
 A checkpoint is written under a temporary name. When every file is on the disk, and manifest.json with their sizes
-too, the folder gets its name in one step. A folder `step-...` is therefore complete. Only safetensors and JSON
-(and, with several processes, what DeepSpeed writes).
+too, the folder gets its name in one step. A folder `step-...` is therefore complete. Only safetensors and JSON. Another
+number of processes, ZeRO stage or split of the experts may go on from it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ TEMPORARY = ".tmp-"
 # what may differ on resume: it changes what is shown and kept, never what is computed
 FREE_KEYS = (
     "output.*",
+    "distributed.engine",
+    "distributed.zero",
+    "distributed.expert_parallel",
+    "distributed.expert_chunks",
     "train.eval_every",
     "train.eval_micro_batches",
     "train.save_every",
@@ -79,15 +83,12 @@ def load(checkpoint: Path, engine: Engine, config: Config, data: dict[str, Any])
     check_files(checkpoint)
     state = read_json(checkpoint / STATE)
     check_same_config(state["config"], to_plain(config), checkpoint)
-    if state["world_size"] != engine.world_size:
-        raise UserError(
-            f"{checkpoint} was saved by {state['world_size']} processes, this run has {engine.world_size}; "
-            f"start {state['world_size']}"
-        )
     if state["data"] != data:
         raise UserError(f"data.source: the data is not what {checkpoint} was trained on ({state['data']}, now {data})")
     engine.load(checkpoint)
-    _restore_random_states(load_file(checkpoint / _random_file(engine.rank)), engine.device)
+    # another number of ranks: the states of those that there were, over again
+    random = _random_file(engine.rank % state["world_size"])
+    _restore_random_states(load_file(checkpoint / random), engine.device)
     return state["step"], Position(**state["position"])
 
 

@@ -14,10 +14,17 @@ USAGE = """usage: tilestack COMMAND [options]
 
   train     train a Qwen3-MoE; the same as python train.py
   explain   show, for a configuration and this machine, which kernel each op runs and why not another
+  trace     run a few training steps and draw what really ran: ops, kernels, rates, a timeline
+  doctor    is this machine ready to train, and what to do if it is not
   bench     time the kernels and the training step beside their rivals, on a GPU
 
 tilestack COMMAND --help says more."""
-MODULES = {"explain": "tilestack.app.explain", "bench": "tilestack.bench.cli"}
+MODULES = {
+    "explain": "tilestack.app.explain",
+    "trace": "tilestack.app.trace.command",
+    "doctor": "tilestack.app.doctor",
+    "bench": "tilestack.bench.cli",
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -42,6 +42,13 @@ Shows what a training run with this configuration would be made of, and which ke
                   which packages are installed is still a matter of this machine
   others          the options of tilestack train"""
 ARROW = "        |"
+FOLDERS = {
+    "APPLICATION": "train.py, tilestack/app/",
+    "DISTRIBUTED TRAINING": "tilestack/distributed/",
+    "MODEL ARCHITECTURES": "tilestack/models/",
+    "OPTIMIZED KERNELS": "tilestack/kernels/<op>/",
+    "CUDA, cuBLAS, cuDNN": "through PyTorch",
+}
 
 
 def main(argv: list[str]) -> int:
@@ -70,28 +77,40 @@ def explain(config: Config, device: Device) -> str:
         shape = new_config(config.model, config.data.vocab_size, end_of_text=0)
     else:
         shape = checkpoint_config(config.model.path)
-    sections = [_application(config), _distributed(config), _model(config, shape), _kernels(config, shape, device)]
-    return f"\n{ARROW}\n".join([*sections, _libraries()])
+    above = facts(config, shape)
+    libraries = above.pop("CUDA, cuBLAS, cuDNN")
+    boxes = above | {"OPTIMIZED KERNELS": _kernels(config, shape, device), "CUDA, cuBLAS, cuDNN": libraries}
+    return f"\n{ARROW}\n".join(_section(title, lines) for title, lines in boxes.items())
 
 
-def _section(title: str, folder: str, lines: list[str]) -> str:
-    return "\n".join([f"{title:<24}{folder}", *(f"  {line}".rstrip() for line in lines)])
+def facts(config: Config, shape: Qwen3MoeConfig) -> dict[str, list[str]]:
+    """What the configuration makes of each box of the picture but the kernels, in lines."""
+    return {
+        "APPLICATION": _application(config),
+        "DISTRIBUTED TRAINING": _distributed(config),
+        "MODEL ARCHITECTURES": _model(config, shape),
+        "CUDA, cuBLAS, cuDNN": _libraries(),
+    }
 
 
-def _application(config: Config) -> str:
+def _section(title: str, lines: list[str]) -> str:
+    return "\n".join([f"{title:<24}{FOLDERS[title]}", *(f"  {line}".rstrip() for line in lines)])
+
+
+def _application(config: Config) -> list[str]:
     tokens = config.train.micro_batches * config.data.micro_batch_tokens
     optimizer, schedule = config.optimizer, config.schedule
-    return _section("APPLICATION", "train.py, tilestack/app/", [
+    return [
         f"data       {config.data.source}, packed to {config.data.micro_batch_tokens:,} tokens, documents cut at "
         f"{config.data.sequence_length:,}",
         f"steps      {config.train.steps:,} of {config.train.micro_batches} micro-batches, {tokens:,} tokens each",
         f"optimizer  AdamW, lr {optimizer.lr:g}, {schedule.decay} decay after {schedule.warmup_steps} steps, "
         f"weight decay {optimizer.weight_decay:g}, clipping at {optimizer.max_grad_norm:g}",
         f"runs       {config.output.folder}/",
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
-def _distributed(config: Config) -> str:
+def _distributed(config: Config) -> list[str]:
     asked = config.distributed
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     own = asked.engine == "local" or (asked.engine == "auto" and processes == 1)
@@ -101,10 +120,10 @@ def _distributed(config: Config) -> str:
     lines = [f"processes  {processes}", f"engine     {'our own loop, one process' if own else deepspeed}"]
     if own and asked.engine == "auto":
         lines.append(f"           with torchrun --nproc-per-node 2 train.py ...: {deepspeed}")
-    return _section("DISTRIBUTED TRAINING", "tilestack/distributed/", lines)
+    return lines
 
 
-def _model(config: Config, shape: Qwen3MoeConfig) -> str:
+def _model(config: Config, shape: Qwen3MoeConfig) -> list[str]:
     with torch.device("meta"):
         parameters = sum(each.numel() for each in Qwen3MoeForCausalLM._from_config(shape).parameters())
     dtype = config.model.dtype
@@ -114,7 +133,7 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> str:
         "full": "each layer's input; the rest is computed again",
     }[config.model.activation_checkpointing]
     where = ", inputs on the host" if config.model.activation_offload else ""
-    return _section("MODEL ARCHITECTURES", "tilestack/models/", [
+    return [
         f"model      Qwen3MoeForCausalLM, {config.model.path or 'new'}, {dtype}"
         f"{', float32 master weights' if dtype == 'bfloat16' else ''}",
         f"layers     {shape.num_hidden_layers}, hidden {shape.hidden_size}; vocabulary "
@@ -124,10 +143,10 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> str:
         f"experts    {shape.num_experts}, {shape.num_experts_per_tok} a token, hidden {shape.moe_intermediate_size}",
         f"parameters {parameters:,}, {active_parameters(shape):,} multiply each token",
         f"kept       {kept}{where}",
-    ])  # fmt: skip
+    ]  # fmt: skip
 
 
-def _kernels(config: Config, shape: Qwen3MoeConfig, device: Device) -> str:
+def _kernels(config: Config, shape: Qwen3MoeConfig, device: Device) -> list[str]:
     calls = training_calls(config, shape, device)
     lines = [f"device     {device.name} ({device.arch})"]
     for name, op in ops().items():
@@ -135,7 +154,7 @@ def _kernels(config: Config, shape: Qwen3MoeConfig, device: Device) -> str:
             lines += ["", *_op(op, calls[name], getattr(config.kernels, name, "auto"))]
         else:
             lines += ["", f"{name}: nothing in this training run calls it"]
-    return _section("OPTIMIZED KERNELS", "tilestack/kernels/<op>/", lines)
+    return lines
 
 
 def _op(op: Op, call: Call, asked: str) -> list[str]:
@@ -227,7 +246,7 @@ def _has_dense_layers(shape: Qwen3MoeConfig) -> bool:
     )
 
 
-def _libraries() -> str:
+def _libraries() -> list[str]:
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     versions = {
         "torch": torch.__version__,
@@ -235,8 +254,7 @@ def _libraries() -> str:
         "cuDNN": cudnn or "not in this torch",
         **{each: _version(each) for each in ("triton", "transformers", "deepspeed")},
     }
-    lines = [f"{name:<13}{value}" for name, value in versions.items()]
-    return _section("CUDA, cuBLAS, cuDNN", "through PyTorch", lines)
+    return [f"{name:<13}{value}" for name, value in versions.items()]
 
 
 def _version(package: str) -> str:

@@ -36,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
         kernel.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
     ops = benches.add_parser("ops", help="every implementation of every op at the model's shapes")
     ops.add_argument("--only", nargs="*", metavar="OP", help="these ops alone")
+    numerics = benches.add_parser("numerics", help="losses of 200 steps beside transformers in bf16 and float32")
+    numerics.add_argument("--steps", type=int, default=200, help="steps of each of the 12 runs")
+    traced = benches.add_parser("trace", help="tilestack trace of Qwen3-30B-A3B's shape, beside transformers")
+    traced.add_argument("--layers", type=int, default=4, help="decoder layers of 48")
+    traced.add_argument("--batch", type=int, default=2, help="sequences")
+    traced.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
     benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
     return top
 
@@ -74,6 +80,14 @@ def _run(arguments: argparse.Namespace) -> Path:
         from tilestack.bench import moe
 
         return moe.run(arguments.quick, arguments.only, arguments.out)
+    if arguments.bench == "numerics":
+        from tilestack.bench import numerics
+
+        return numerics.run(numerics.NumericsCase(steps=arguments.steps), arguments.out)
+    if arguments.bench == "trace":
+        from tilestack.bench import trace
+
+        return trace.run(arguments.layers, arguments.batch, arguments.seqlen, arguments.out)
     from tilestack.bench import ops
 
     return ops.run(arguments.only, arguments.repeats, arguments.out)

@@ -10,6 +10,7 @@ matplotlib.use("Agg")  # no display is needed
 from matplotlib import pyplot
 
 from tilestack.bench.kernel_tables import DIRECTIONS, attention_family, ordered
+from tilestack.bench.numerics import FACTOR, FLOAT32, OURS, WINDOW, judge, losses_of
 
 SOURCE = "Description"  # a PNG keyword: which run the picture shows
 
@@ -76,10 +77,46 @@ def plot_moe(run: dict, path: Path) -> None:
     _save(figure, run, path)
 
 
+def plot_numerics(run: dict, path: Path) -> None:
+    """Losses of every order, and how far each bf16 run is from float32, over the envelope of transformers' runs."""
+    runs = losses_of(run["rows"])
+    verdict = judge(runs)
+    orders = sorted({order for order, _ in runs})
+    figure, panels = pyplot.subplots(
+        2, len(orders), figsize=(4.2 * len(orders), 6), sharex=True, sharey="row", squeeze=False, layout="constrained",
+        height_ratios=(2, 3),
+    )  # fmt: skip
+    colours = {FLOAT32: "black", OURS: "tab:green", "transformers eager": "tab:orange", "transformers sdpa": "tab:blue"}
+    for (above, below), order in zip(panels.T, orders, strict=True):
+        for (of, name), losses in runs.items():
+            if of == order:
+                width = 1.6 if name == OURS else 0.9
+                above.plot(range(1, len(losses) + 1), losses, color=colours[name], linewidth=width, label=name)
+        steps = range(len(runs[order, FLOAT32]) - len(verdict.envelope) + 1, len(runs[order, FLOAT32]) + 1)
+        for factor, shade in ((FACTOR, 0.08), (1, 0.14)):
+            edge = [factor * value for value in verdict.envelope]
+            label = "envelope of transformers' bf16 runs" if factor == 1 else f"{factor} times it"
+            below.fill_between(steps, edge, [-value for value in edge], color="gray", alpha=shade, label=label)
+        for (of, name), values in verdict.deviations.items():
+            if of == order:
+                below.plot(steps, values, color=colours[name], linewidth=2 if name == OURS else 1, label=name)
+        below.axhline(0, color="black", linewidth=0.8)
+        above.set_title(f"order {order}")
+        below.set_xlabel("step")
+        above.grid(alpha=0.3)
+        below.grid(alpha=0.3)
+    panels[0][0].set_ylabel("loss")
+    panels[1][0].set_ylabel(f"loss minus float32's,\nmean of {WINDOW} steps")
+    panels[0][-1].legend(fontsize="small")
+    panels[1][0].legend(fontsize="small", loc="upper left")
+    figure.suptitle(f"{run['device']}, {len(runs[orders[0], FLOAT32])} steps from the same start on the same text")
+    _save(figure, run, path)
+
+
 def _save(figure: pyplot.Figure, run: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={SOURCE: source(run)})
     pyplot.close(figure)
 
 
-PLOTS = {"attention": plot_attention, "moe": plot_moe}
+PLOTS = {"attention": plot_attention, "moe": plot_moe, "numerics": plot_numerics}

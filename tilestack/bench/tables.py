@@ -133,6 +133,63 @@ def ops_table() -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
+def numerics_table() -> str:
+    """How far the losses of bf16 runs are from float32, order by order."""
+    from tilestack.bench.numerics import FACTOR, OURS, judge, losses_of
+
+    blocks = []
+    for path in result_files("numerics"):
+        run = read(path)
+        verdict = judge(losses_of(run["rows"]))
+        names = list(dict.fromkeys(name for _, name in verdict.deviations))
+        lines = [
+            f"![loss minus float32's](figures/{figure_of(path).name})",
+            "",
+            f"{run['device']}, torch {run['versions']['torch']}, transformers {run['versions']['transformers']}, "
+            f"{run['date'][:10]}. tilestack {'passes' if verdict.passed else 'FAILS'}: its largest distance is "
+            f"{max(verdict.worst.values()):.2f} times the envelope, at most {FACTOR} is asked for; "
+            f"{verdict.inside:.0%} of its steps lie inside the envelope itself.",
+            "",
+            f"| order | {' | '.join(f'{name}, RMS of D' for name in names)} | {OURS}, largest \\|D\\| / E |",
+            "|---" * (len(names) + 2) + "|",
+        ]
+        for order in verdict.worst:
+            squares = [[value**2 for value in verdict.deviations[order, name]] for name in names]
+            cells = " | ".join(f"{(sum(each) / len(each)) ** 0.5:.5f}" for each in squares)
+            lines.append(f"| {order} | {cells} | {verdict.worst[order]:.2f} |")
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def trace_table() -> str:
+    """Where a step's time goes, part by part, beside transformers."""
+    from tilestack.app.trace.words import compared
+
+    blocks = []
+    for path in result_files("trace"):
+        run = read(path)
+        ours, theirs = run["rows"]
+        model, data = run["configuration"]["model"], run["configuration"]["data"]
+        waits = [f"{each['name']} waits for the GPU {each['host_waits']:g} times a step" for each in run["rows"]]
+        lines = [
+            f"{run['device']}, torch {run['versions']['torch']}, transformers {run['versions']['transformers']}, "
+            f"{run['date'][:10]}; {model['layers']} layers, {data['micro_batch_tokens'] // data['sequence_length']} x "
+            f"{data['sequence_length']} tokens, with the optimizer; peak {ours['peak_gib']:.1f} and "
+            f"{theirs['peak_gib']:.1f} GiB; {', '.join(waits)}.",
+            "",
+            f"| part of a step | {ours['name']} ms | {theirs['name']} ms | times faster |",
+            "|---|---|---|---|",
+            *(
+                f"| {row['part']} | {row['ours']:.2f} | {row['theirs']:.2f} | "
+                f"{'' if row['ratio'] is None else format(row['ratio'], '.2f')} |"
+                for row in compared([ours, theirs])
+                if max(row["ours"], row["theirs"]) >= 0.1
+            ),
+        ]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
 def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
     """For the README of an op, three folders down: a picture and tables for each machine."""
     blocks = [
@@ -146,6 +203,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
     "ops": ops_table,
+    "numerics": numerics_table,
+    "trace": trace_table,
     "attention": lambda: _of_kernel("attention", attention_block),
     "moe": lambda: _of_kernel("moe", moe_block),
 }

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tilestack.app import ceilings as measured
+
 CLOCK_HZ = 2e9  # about a GPU's clock: the backlog need not be exact
 LONGEST_BACKLOG_S = 1.0
 FEWEST = 5
@@ -85,13 +87,5 @@ def host_microseconds(call: Callable[[], object], batches: int = 20, calls: int 
 
 
 def ceilings() -> dict[str, float]:
-    """What this device reaches: a bf16 product of 8192 cubed in TFLOP/s, a copy of 1 GiB in GB/s (read + written)."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product = measure(lambda: a @ b)
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
-    target = torch.empty_like(source)
-    copy = measure(lambda: target.copy_(source))
-    return {
-        "matmul_tflops": round(2 * 8192**3 / product.median / 1e9, 1),
-        "copy_gbps": round(2 * source.numel() / copy.median / 1e6, 1),
-    }
+    """What this GPU reaches: a bf16 product of 8192 cubed in TFLOP/s, a copy of 1 GiB in GB/s (read + written)."""
+    return measured.ceilings(torch.device("cuda"))

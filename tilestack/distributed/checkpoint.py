@@ -1,31 +1,58 @@
-"""The engine's part of a checkpoint: tensors as safetensors, numbers as JSON, and what may be wrong with them."""
+"""The engine's part of a checkpoint: pieces of parameters in safetensors, numbers in JSON, and what may be wrong.
+
+    engine.json                       format, dtype, number of updates; who saved it
+    pieces-<rank>-<n>.safetensors     "<parameter>:<start>:<kind>" -> elements [start, ...) of the flattened parameter
+
+A kind is "weight" (float32: the master, where the model's weights are bfloat16) or a state of the optimizer ("exp_avg",
+"exp_avg_sq"). Each rank writes what it holds, in files of its own, so no rank ever has the whole; and a reader takes
+the elements that it needs from whatever files have them. So a checkpoint does not depend on how many ranks wrote it, on
+their ZeRO stage, or on how they split the experts.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # those that an engine trains, and safetensors' names for them
+FORMAT = "pieces-1"
+FILE_BYTES = 2 << 30  # a file's tensors are copied to the host together
+WEIGHT = "weight"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is incomplete, damaged, or of another model, engine or number of ranks."""
+    """A checkpoint that is incomplete, damaged, or of another model, engine or precision."""
 
 
-def write_state(folder: Path, state: dict) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + n) of one flattened parameter, as a rank holds them.
+
+    tensors: by kind, each [n], views of what the engine trains with: `read_pieces` writes into them.
+    """
+
+    name: str
+    start: int
+    tensors: dict[str, torch.Tensor]
+
+
+def write_state(folder: Path, dtype: torch.dtype, updates: int, saved_by: dict[str, Any]) -> None:
     """Write the engine's numbers; the application makes the folder as a whole appear atomically."""
+    state = {"format": FORMAT, "dtype": str(dtype), "updates": updates, "saved_by": saved_by}
     (folder / "engine.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
-def read_state(folder: Path, expected: dict) -> dict:
-    """Read the engine's numbers and check those of `expected`.
+def read_state(folder: Path, dtype: torch.dtype) -> int:
+    """Read the engine's numbers; returns the number of updates.
 
-    Raises CheckpointError if the file is missing or broken, or if a number is not the expected one.
+    Raises CheckpointError if the file is missing or broken, or of another format or precision.
     """
     path = folder / "engine.json"
     try:
@@ -34,49 +61,104 @@ def read_state(folder: Path, expected: dict) -> dict:
         raise CheckpointError(f"{folder} holds no engine.json: it is not a complete checkpoint") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is broken: {error}") from None
-    for key, value in expected.items():
+    for key, value in {"format": FORMAT, "dtype": str(dtype)}.items():
         if state.get(key) != value:
             raise CheckpointError(f"{folder} was saved with {key}={state.get(key)!r}, this run has {key}={value!r}")
-    return state
+    return state["updates"]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors by name into one safetensors file."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
+    """Write a rank's pieces into files of its own, of about FILE_BYTES."""
+    waiting: dict[str, torch.Tensor] = {}
+    files = 0
+
+    def flush() -> None:
+        nonlocal files
+        save_file(waiting, folder / f"pieces-{rank:05d}-{files:04d}.safetensors")
+        waiting.clear()
+        files += 1
+
+    for piece in pieces:
+        for kind, tensor in piece.tensors.items():
+            waiting[f"{piece.name}:{piece.start}:{kind}"] = tensor.detach().cpu().contiguous()
+        if sum(each.nbytes for each in waiting.values()) >= FILE_BYTES:
+            flush()
+    if waiting:
+        flush()
 
 
-def read_tensors(path: Path, targets: Mapping[str, torch.Tensor]) -> None:
-    """Copy the file's tensors into `targets` in place; nothing is copied before names, shapes and dtypes fit.
+@dataclass(frozen=True)
+class _Stored:
+    start: int
+    end: int
+    path: Path
+    key: str
 
-    Raises CheckpointError if the file is missing or truncated, or holds other tensors.
+
+def read_pieces(folder: Path, pieces: list[Piece], sizes: Mapping[str, int]) -> None:
+    """Copy the checkpoint's elements into the pieces' tensors.
+
+    sizes: how many elements each parameter of the model has, over all ranks. Nothing is copied before the checkpoint
+        was found to hold these parameters, whole, and every kind that the pieces ask for.
+
+    Raises CheckpointError if a file is damaged, or if the checkpoint is incomplete or of another model.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            _check_names(path, set(file.keys()), set(targets))
-            for name, target in targets.items():
-                found = file.get_slice(name)
-                if found.get_shape() != list(target.shape):
-                    raise CheckpointError(
-                        f"{path}: {name} has shape {found.get_shape()}, the model has {list(target.shape)}: "
-                        "the checkpoint is of another model"
-                    )
-                if found.get_dtype() != DTYPES[target.dtype]:
-                    raise CheckpointError(
-                        f"{path}: {name} is {found.get_dtype()}, the model has {DTYPES[target.dtype]}: "
-                        "the checkpoint is of another precision"
-                    )
-            with torch.no_grad():
-                for name, target in targets.items():
-                    target.copy_(file.get_tensor(name))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
+    stored = _index(folder)
+    _check(folder, stored, sizes, {kind for piece in pieces for kind in piece.tensors})
+    for piece in pieces:
+        for kind, target in piece.tensors.items():
+            _copy(stored[piece.name, kind], piece.start, target)
 
 
-def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
-    missing, extra = sorted(expected - found), sorted(found - expected)
+def _index(folder: Path) -> dict[tuple[str, str], list[_Stored]]:
+    found = defaultdict(list)
+    for path in sorted(folder.glob("pieces-*.safetensors")):
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                name, start, kind = key.rsplit(":", 2)
+                begin = int(start)
+                found[name, kind].append(_Stored(begin, begin + file.get_slice(key).get_shape()[0], path, key))
+    for each in found.values():
+        each.sort(key=lambda one: one.start)
+    return found
+
+
+def _check(folder: Path, stored: dict, sizes: Mapping[str, int], kinds: set[str]) -> None:
+    found = {name for name, _ in stored}
+    missing, extra = sorted(set(sizes) - found), sorted(found - set(sizes))
     if missing or extra:
         listed = [f"lacks {', '.join(missing[:3])}"] if missing else []
         listed += [f"has {', '.join(extra[:3])}, which the model has not"] if extra else []
-        raise CheckpointError(f"{path} {' and '.join(listed)}: the checkpoint is of another model or precision")
+        raise CheckpointError(
+            f"{folder} {' and '.join(listed)}: a file is missing, or the checkpoint is of another model"
+        )
+    for name, size in sizes.items():
+        for kind in sorted(kinds):
+            covered = 0
+            for each in stored.get((name, kind), ()):
+                if each.start > covered:
+                    break
+                covered = max(covered, each.end)
+            if covered != size:
+                raise CheckpointError(
+                    f"{folder} has {covered} elements of {name} ({kind}), the model has {size}: a file is missing, or "
+                    "the checkpoint is of another model"
+                )
+
+
+def _copy(stored: list[_Stored], start: int, target: torch.Tensor) -> None:
+    end = start + target.numel()
+    with torch.no_grad():
+        for each in stored:
+            low, high = max(start, each.start), min(end, each.end)
+            if low < high:
+                with _opened(each.path) as file:
+                    part = file.get_slice(each.key)[low - each.start : high - each.start]
+                target[low - start : high - start].copy_(part)
+
+
+def _opened(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is damaged or truncated: {error}") from None

@@ -54,14 +54,22 @@ class DistributedConfig:
         gradients too, 3 the parameters too. Null: the stage of `deepspeed_config`, else 2.
     deepspeed_config: a DeepSpeed configuration of your own, a JSON file. What tilestack must know (batch sizes,
         accumulation, clipping) may be absent or "auto" in it; a value that contradicts tilestack's is an error.
+    expert_parallel: so many ranks, neighbours, share the experts of each layer, and tokens travel between them; 1 keeps
+        all experts on every rank. Divides the number of ranks and of experts; with ZeRO 1 or 2.
+    expert_chunks: with expert_parallel, tokens travel in so many parts, each while the experts work on the one before.
     """
 
     engine: Literal["auto", "local", "deepspeed"] = "auto"
     zero: Literal[0, 1, 2, 3] | None = None
     deepspeed_config: str | None = None
+    expert_parallel: int = 1
+    expert_chunks: int = 2
 
     def __post_init__(self):
         if self.engine not in ("auto", "local", "deepspeed"):
             raise ValueError(f"distributed.engine must be 'auto', 'local' or 'deepspeed', got {self.engine!r}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise ValueError(f"distributed.zero must be 0, 1, 2 or 3, got {self.zero!r}")
+        for name in ("expert_parallel", "expert_chunks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"distributed.{name} must be at least 1, got {getattr(self, name)}")

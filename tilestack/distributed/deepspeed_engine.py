@@ -8,7 +8,6 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 import torch.distributed as dist
@@ -17,22 +16,22 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # said before the import, it is not warned about
 
 import deepspeed
-from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
-from deepspeed.utils.tensor_fragment import fragment_address
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from tilestack.distributed.checkpoint import CheckpointError, read_state, write_state
-from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+from tilestack.distributed.checkpoint import read_pieces, read_state, write_pieces, write_state
+from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 from tilestack.distributed.deepspeed_settings import construction_settings, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
+from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
+from tilestack.distributed.zero_pieces import OptimizerState
 from tilestack.models import ZERO3_LEAF_CLASSES, restore_rotary_frequencies
-
-TAG = "deepspeed"
 
 
 def join(world: World) -> None:
@@ -101,14 +100,14 @@ class DeepSpeedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         if self.stage == 3:
             mark_leaf_modules(model)
+        self.experts = _join_experts(distributed.expert_parallel, self.stage, world)
+        if self.experts is not None:
+            split_experts(model, self.experts, distributed.expert_chunks)
         groups = parameter_groups(model, optimizer.weight_decay)
         client = None if "optimizer" in settings else _adamw(groups, optimizer, self.device)
         with _quiet():
-            self.engine, *_ = deepspeed.initialize(
-                model=model, optimizer=client, model_parameters=groups, config=settings, dist_init_required=False
-            )
+            self.engine = _initialize(model, client, groups, settings, experts_are_split=self.experts is not None)
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
-        self.engine.checkpoint_engine = _WeightsOnlyCheckpoints(self.engine._config)
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         if len(micro_batches) != self.accumulation:
@@ -118,12 +117,16 @@ class DeepSpeedEngine:
         sums = StepSums(self.model, self.accumulation * self.world_size, self.device)
         grad_norm = None
         for i, batch in enumerate(micro_batches):
-            share = sums.forward(batch, self.engine)
-            # DeepSpeed takes the mean of the ranks' gradients; the step's gradient is their sum
-            self.engine.backward(share * self.world_size, scale_wrt_gas=False)
+            with stage("forward"):
+                share = sums.forward(batch, self.engine)
+            with stage("backward"):
+                # DeepSpeed takes the mean of the ranks' gradients; the step's gradient is their sum
+                self.engine.backward(share * self.world_size, scale_wrt_gas=False)
             if i == self.accumulation - 1 and self._updates_unchecked():
-                grad_norm = self._check_gradients()
-            self.engine.step()
+                with stage("gradient norm"):
+                    grad_norm = self._check_gradients()
+            with stage("optimizer"):
+                self.engine.step()
         dist.all_reduce(sums.sums)
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()
@@ -159,49 +162,103 @@ class DeepSpeedEngine:
             raise ValueError(f"evaluate needs as many batches on every rank, got between {least} and {most}")
 
     def save(self, folder: Path) -> None:
-        folder = Path(folder)
-        self.engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        folder, state = Path(folder), self._state()
+        if self.stage > 0 or self.rank == 0:  # without ZeRO every rank has the same
+            write_pieces(folder, self.rank, state.pieces())
         if self.rank == 0:
-            write_state(folder, self._identity())
+            dtype = next(self.model.parameters()).dtype
+            ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
+            write_state(folder, dtype, state.updates, {"engine": "deepspeed"} | ranks)
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        folder = Path(folder)
-        read_state(folder, expected=self._identity())
-        try:
-            path, _ = self.engine.load_checkpoint(str(folder), tag=TAG, load_lr_scheduler_states=False)
-        except (OSError, RuntimeError, EOFError, KeyError, AssertionError, UnpicklingError) as error:
-            raise CheckpointError(f"{folder}: DeepSpeed cannot load its files: {error}") from error
-        if path is None:
-            raise CheckpointError(f"{folder} holds no DeepSpeed checkpoint ({TAG}/)")
+        folder, state = Path(folder), self._state()
+        updates = read_state(folder, next(self.model.parameters()).dtype)
+        read_pieces(folder, list(state.pieces()), self._sizes())
+        state.publish(updates)
+
+    def _state(self) -> OptimizerState:
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        split = split_weights(self.model) if self.experts is not None else {}
+        begins = {name: self.experts.rank * parameter.numel() for name, parameter in split.items()}
+        return OptimizerState(self.engine, names, begins)
+
+    def _sizes(self) -> dict[str, int]:
+        """How many elements each trained parameter has, over all ranks."""
+        sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in self.model.named_parameters() if p.requires_grad}
+        split = split_weights(self.model) if self.experts is not None else {}
+        return sizes | {name: sizes[name] * self._expert_ranks() for name in split if name in sizes}
+
+    def _expert_ranks(self) -> int:
+        return 1 if self.experts is None else self.experts.size
 
     def export(self, folder: Path) -> None:
-        weights = whole_weights(self.model, keep=self.rank == 0)
+        weights = whole_weights(self.model, keep=self.rank == 0, experts=self.experts)
         if self.rank == 0:
             self.model.save_pretrained(folder, state_dict=weights)
         dist.barrier()
 
-    def _identity(self) -> dict:
-        return {"engine": "deepspeed", "world_size": self.world_size, "zero": self.stage}
+
+def _join_experts(size: int, stage: int, world: World) -> ExpertGroup | None:
+    """The ranks that share this rank's experts; None if every rank has all of them. Raises SettingsError."""
+    if size == 1:
+        return None
+    if world.world_size % size:
+        raise SettingsError(
+            f"distributed.expert_parallel = {size} must divide the number of processes, {world.world_size}, evenly"
+        )
+    if stage not in (1, 2):
+        raise SettingsError(f"distributed.expert_parallel works with ZeRO 1 or 2, got distributed.zero = {stage}")
+    name = f"ep_size_{size}"
+    deepspeed_groups._create_expert_and_data_parallel(size)
+    return ExpertGroup(deepspeed_groups._get_expert_parallel_group(name), world.rank % size, size, name)
 
 
-class _WeightsOnlyCheckpoints(TorchCheckpointEngine):
-    """DeepSpeed's files, read without running what a pickle might hold: tensors and its own records of numbers."""
+def _initialize(
+    model: torch.nn.Module, optimizer, groups: list[dict], settings: dict, experts_are_split: bool
+) -> deepspeed.DeepSpeedEngine:
+    arguments = {"model": model, "optimizer": optimizer, "model_parameters": groups, "dist_init_required": False}
+    if not experts_are_split:
+        return deepspeed.initialize(config=settings, **arguments)[0]
+    return _ExpertEngine(args=None, config=settings, config_class=DeepSpeedConfig(settings), **arguments)
 
-    def load(self, path: str, map_location=None):
-        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+
+class _ExpertEngine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed reduces the gradients of experts among the ranks that hold the same ones, if it knows of MoE layers.
+
+    It looks for layers of its own classes; ours it knows by their parameters alone, as `split_experts` marks them.
+    `deepspeed.initialize` cannot be told to use another class.
+    """
+
+    def _configure_distributed_model(self, model: torch.nn.Module) -> None:
+        super()._configure_distributed_model(model)
+        self.has_moe_layers = True
 
 
-def whole_weights(model: torch.nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """A copy of every parameter by name, on the CPU; every rank calls it, and those without `keep` get none."""
+def whole_weights(model: torch.nn.Module, keep: bool, experts: ExpertGroup | None = None) -> dict[str, torch.Tensor]:
+    """A copy of every parameter by name, on the CPU; every rank calls it, and those without `keep` get none.
+
+    One parameter after the other is whole on the device; of the experts, where they are split, not even that: each
+    rank of the group sends its part in turn.
+    """
     weights = {}
+    split = split_weights(model) if experts is not None else {}
     for name, parameter in model.named_parameters():
         cut_up = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if cut_up else contextlib.nullcontext():
+            parts = _parts_of_experts(parameter, experts) if name in split else iter([parameter.detach()])
+            copies = [part.cpu().clone() if keep else None for part in parts]
             if keep:
-                weights[name] = parameter.detach().cpu().clone()
+                weights[name] = copies[0] if len(copies) == 1 else torch.cat(copies)
     return weights
+
+
+def _parts_of_experts(parameter: torch.nn.Parameter, experts: ExpertGroup) -> Iterator[torch.Tensor]:
+    """The parts of all ranks of the group in order, one at a time; each rank of the group iterates."""
+    for rank in range(experts.size):
+        part = parameter.detach().clone() if rank == experts.rank else torch.empty_like(parameter)
+        dist.broadcast(part, dist.get_global_rank(experts.group, rank), group=experts.group)
+        yield part
 
 
 def mark_leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -213,11 +270,19 @@ def mark_leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices with weight decay, the weights of norms without. Under ZeRO-3 a shape is where DeepSpeed keeps it."""
+    """Matrices with weight decay, the weights of norms without; a part of the experts is a group of its own.
+
+    Under ZeRO-3 a shape is where DeepSpeed keeps it.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    own = [p for p in matrices if is_moe_param(p)]
+    matrices = [p for p in matrices if not is_moe_param(p)]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if own:
+        groups.append({"params": own, "weight_decay": weight_decay, "moe": True, "name": own[0].group_name})
+    return groups
 
 
 def _adamw(groups: list[dict], optimizer: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from tilestack.distributed.checkpoint import read_state, read_tensors, write_state, write_tensors
+from tilestack.distributed.checkpoint import WEIGHT, Piece, read_pieces, read_state, write_pieces, write_state
 from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
 
@@ -72,9 +73,14 @@ class LocalEngine:
             raise ValueError(f"train_step needs {self.accumulation} micro-batches, got {len(micro_batches)}")
         sums = StepSums(self.model, self.accumulation, self.device)
         for batch in micro_batches:
-            sums.forward(batch).backward()
-        grad_norm = self._grad_norm()
-        self._update(lr, grad_norm)
+            with stage("forward"):
+                share = sums.forward(batch)
+            with stage("backward"):
+                share.backward()
+        with stage("gradient norm"):
+            grad_norm = self._grad_norm()
+        with stage("optimizer"):
+            self._update(lr, grad_norm)
         return sums.result(grad_norm)
 
     @torch.no_grad()
@@ -116,33 +122,31 @@ class LocalEngine:
 
     def save(self, folder: Path) -> None:
         folder = Path(folder)
-        write_tensors(folder / "weights.safetensors", self._weights())
-        write_tensors(folder / "optimizer.safetensors", self._moments())
-        write_state(folder, self._identity() | {"updates": self.updates})
+        write_pieces(folder, self.rank, self._pieces())
+        write_state(folder, self._dtype(), self.updates, {"engine": "local", "world_size": 1})
 
     def load(self, folder: Path) -> None:
         folder = Path(folder)
-        state = read_state(folder, expected=self._identity())
-        read_tensors(folder / "weights.safetensors", self._weights())
-        read_tensors(folder / "optimizer.safetensors", self._moments())
-        self.updates = state["updates"]
+        updates = read_state(folder, self._dtype())
+        sizes = {name: slot.parameter.numel() for name, slot in self.slots.items()}
+        read_pieces(folder, list(self._pieces()), sizes)
+        with torch.no_grad():
+            for slot in self.slots.values():
+                if slot.master is not None:
+                    slot.parameter.copy_(slot.master)
+        self.updates = updates
 
     def export(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
 
-    def _identity(self) -> dict:
-        return {"engine": "local", "world_size": 1}
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
 
-    def _weights(self) -> dict[str, torch.Tensor]:
-        return dict(self.model.named_parameters())
-
-    def _moments(self) -> dict[str, torch.Tensor]:
-        found = {}
+    def _pieces(self) -> Iterator[Piece]:
         for name, slot in self.slots.items():
-            found |= {f"{name}.exp_avg": slot.exp_avg, f"{name}.exp_avg_sq": slot.exp_avg_sq}
-            if slot.master is not None:
-                found[f"{name}.master"] = slot.master
-        return found
+            weight = slot.parameter.detach() if slot.master is None else slot.master
+            state = {WEIGHT: weight, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
+            yield Piece(name, 0, {kind: tensor.view(-1) for kind, tensor in state.items()})
 
 
 def _add_and_free(total: torch.Tensor, parameter: torch.nn.Parameter) -> None:

@@ -47,7 +47,8 @@ class StepSums:
             self.sums[0] += output.loss
             if self.routed:
                 self.sums[1] += output.aux_loss / self.micro_batches
-                self.sums[2:] += output.tokens_per_expert.sum(0)
+                if output.tokens_per_expert is not None:  # a model that is not ours need not count them
+                    self.sums[2:] += output.tokens_per_expert.sum(0)
         return output.loss
 
     def result(self, grad_norm: torch.Tensor) -> StepResult:

@@ -11,6 +11,7 @@ from tilestack.kernels import RouterOutput, linear_cross_entropy, qk_norm_rope, 
 from tilestack.models.projections import project
 from tilestack.models.registration import NAME, autocast, kernels_of
 from tilestack.models.replacement import replaces
+from tilestack.models.token_dispatch import TokenDispatcher
 
 
 @replaces(original.Qwen3MoeRMSNorm)
@@ -82,6 +83,8 @@ class Qwen3MoeTopKRouter(original.Qwen3MoeTopKRouter):
 
 @replaces(original.Qwen3MoeSparseMoeBlock)
 class Qwen3MoeSparseMoeBlock(original.Qwen3MoeSparseMoeBlock):
+    dispatcher: TokenDispatcher | None = None  # set where the experts are split over ranks
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -94,7 +97,11 @@ class Qwen3MoeSparseMoeBlock(original.Qwen3MoeSparseMoeBlock):
         ids, weights = routed.topk_ids, routed.topk_weights
         if not _runs_on_our_op(self.experts):
             ids, weights = ids.long(), weights.to(x.dtype)
-        out = self.experts(x, ids, weights).view_as(hidden_states)
+        if self.dispatcher is None:
+            out = self.experts(x, ids, weights)
+        else:
+            out = self.dispatcher(x, ids, weights, self.experts)
+        out = out.view_as(hidden_states)
         return (out, routed.tokens_per_expert, routed.probability_sum) if router_statistics else out
 
 

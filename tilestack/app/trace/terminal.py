@@ -1,0 +1,204 @@
+"""The picture on the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from tilestack.app.trace.attribution import APPLICATION, DISTRIBUTED, KERNELS, LIBRARIES, MODEL, OTHER
+from tilestack.app.trace.words import (
+    compared,
+    flops,
+    folder_of,
+    headline,
+    kernel_name,
+    kernels_are,
+    milliseconds,
+    percent,
+    rate,
+    title_of,
+    traffic,
+)  # fmt: skip
+
+COLOURS = {
+    APPLICATION: "cyan", DISTRIBUTED: "blue", MODEL: "yellow", KERNELS: "green", LIBRARIES: "magenta", OTHER: "red",
+}  # fmt: skip
+MOST_KERNELS = 3
+LEAST_GAP_MS = 0.05
+WIDE = 110  # columns of a terminal from which on everything is shown
+BAR = 20
+SMALL = 0.005  # shares below are summed up in one line
+
+
+class Progress:
+    """Says what is being done: one line that changes on a terminal, lines in a log."""
+
+    def __init__(self, quiet: bool):
+        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._status = self._console.status("starting") if self._console.is_terminal else None
+
+    def __enter__(self) -> Progress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def say(self, text: str) -> None:
+        """Replace the line."""
+        if self._status is not None:
+            self._status.update(escape(text))
+        else:
+            self._console.print(text, markup=False)
+
+
+def show(found: dict[str, Any], console: Console | None = None) -> None:
+    """Print the pictures of all runs, and what they are beside each other."""
+    console = console or Console(highlight=False)
+    device, limits = found["device"], found["ceilings"]
+    console.print(
+        f"\n{escape(device['name'])}; in this run a matrix product of {limits['dtype']} reached "
+        f"[bold]{flops(limits['matmul_tflops'])}[/], a copy [bold]{traffic(limits['copy_gbps'])}[/]."
+    )
+    console.print(kernels_are(device["type"]), style="dim")
+    for run in found["runs"]:
+        console.print()
+        if "error" in run:
+            console.print(Panel(escape(run["error"]), title=run["name"], border_style="red", box=box.ROUNDED))
+            continue
+        console.print(_head(run, console.width))
+        console.print(_strip(run, console.width, device["type"]))
+        for layer in run["layers"]:
+            console.print(_layer(layer, device["type"], console.width))
+        console.print(_foot(run))
+    if len(found["runs"]) == 2 and not any("error" in run for run in found["runs"]):
+        console.print()
+        console.print(_comparison(found["runs"]))
+    console.print()
+
+
+def _head(run: dict[str, Any], width: int) -> Table:
+    table = Table(box=None, padding=(0, 2), title=f"[bold]{escape(run['name'])}[/]", expand=True, show_header=False)
+    figures = headline(run)
+    across = len(figures) if width >= WIDE else len(figures) // 2
+    for start in range(0, len(figures), across):
+        table.add_row(
+            *(
+                f"[dim]{name}[/]\n[bold]{figure}[/]\n[dim]{remark}[/]"
+                for name, figure, remark in figures[start:][:across]
+            )
+        )
+    return table
+
+
+def _strip(run: dict[str, Any], width: int, device: str) -> Text:
+    """All layers in one bar, and its legend."""
+    text = Text()
+    share, drawn = 0.0, 0
+    for layer in run["layers"]:  # ends are rounded, not lengths, so that the bar is as long as the terminal is wide
+        share += layer["share"]
+        end = min(round(share * width), width)
+        text.append("█" * (end - drawn), style=COLOURS[layer["layer"]])
+        drawn = end
+    text.append("\n")
+    for layer in run["layers"]:
+        if layer["share"] > 0:
+            text.append("■ ", style=COLOURS[layer["layer"]])
+            text.append(f"{title_of(layer['layer'], device)} {percent(layer['share'])}   ", style="dim")
+    return text
+
+
+def _layer(layer: dict[str, Any], device: str, width: int) -> Panel:
+    colour = COLOURS[layer["layer"]]
+    title = f"[bold {colour}]{title_of(layer['layer'], device)}[/]  [dim]{escape(folder_of(layer['layer']))}[/]"
+    subtitle = f"{milliseconds(layer['ms']) or 0} ms, {percent(layer['share']) or '0%'}"
+    body: Any = Text("nothing ran here", style="dim")
+    if layer["entries"]:
+        body = _entries(layer["entries"], colour, width)
+    return Panel(
+        body, title=title, subtitle=subtitle, title_align="left", subtitle_align="right", border_style=colour,
+        box=box.ROUNDED,
+    )  # fmt: skip
+
+
+def _entries(entries: list[dict[str, Any]], colour: str, width: int) -> Table:
+    table = Table(box=None, padding=(0, 1), expand=True, header_style="dim")
+    table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis", min_width=24)
+    columns = _columns(width)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    large = [entry for entry in entries if entry["share"] >= SMALL]
+    for entry in large:
+        who = f"  [{colour}]{escape(entry['implementation'])}[/]" if entry["implementation"] else ""
+        again = entry["recompute_ms"]
+        cells = {
+            "forward": milliseconds(entry["forward_ms"]),
+            "backward": milliseconds(entry["backward_ms"] + again) + ("*" if again else ""),
+            "ms": f"[bold]{milliseconds(entry['ms'])}[/]",
+            "share": percent(entry["share"]),
+            "": f"[{colour}]{'━' * max(1, round(entry['share'] * BAR)):{BAR}}[/]",
+            "rate": rate(entry),
+            "of ceiling": "" if entry["of_ceiling"] is None else f"{entry['of_ceiling']:.0%}",
+        }
+        table.add_row(f"[bold]{escape(entry['what'])}[/]{who}", *(cells[name] for name in columns))
+        shown = [kernel for kernel in entry["kernels"][:MOST_KERNELS] if kernel["share"] >= SMALL]
+        for kernel in shown or entry["kernels"][:1]:
+            cells = {"ms": milliseconds(kernel["ms"]), "share": percent(kernel["share"])}
+            name = f"  {kernel['owner']}: {escape(kernel_name(kernel['name']))}"
+            table.add_row(name, *(cells.get(column, "") for column in columns), style="dim")
+    rest = entries[len(large) :]
+    if rest:
+        cells = {"ms": milliseconds(sum(each["ms"] for each in rest)), "share": percent(sum(e["share"] for e in rest))}
+        names = ", ".join(escape(each["what"]) for each in rest)
+        small = f"{len(rest)} below {SMALL:.1%} each: {names}"
+        table.add_row(small, *(cells.get(column, "") for column in columns), style="dim")
+    return table
+
+
+def _columns(width: int) -> list[str]:
+    """The columns that a terminal of this width has room for."""
+    directions = ["forward", "backward"] if width >= WIDE else []
+    return [*directions, "ms", "share", *([""] if width >= WIDE else []), "rate", "of ceiling"]
+
+
+def _foot(run: dict[str, Any]) -> Group:
+    owners = "   ".join(
+        f"{each['owner']} [bold]{milliseconds(each['ms']) or 0}[/] ms ({percent(each['share'])})"
+        for each in run["owners"]
+    )
+    lines = [f"kernels by who wrote them:  {owners}"]
+    if any(entry["recompute_ms"] for layer in run["layers"] for entry in layer["entries"]):
+        lines.append("[dim]* with what the backward pass computes again (activation checkpointing)[/]")
+    for gap in run["gaps"][:2]:
+        if gap["ms"] >= LEAST_GAP_MS:
+            lines.append(
+                f"[dim]a gap of {milliseconds(gap['ms'])} ms before {escape(kernel_name(gap['before'], 50))}; "
+                f"the host was in {escape(kernel_name(gap['host'], 50))}[/]"
+            )
+    return Group(*(Text.from_markup(line) for line in lines))
+
+
+def _comparison(runs: list[dict[str, Any]]) -> Panel:
+    ours, theirs = runs
+    table = Table(box=None, padding=(0, 1), expand=True, header_style="dim")
+    table.add_column("part of a step", ratio=2)
+    for name in (f"{ours['name']} ms", f"{theirs['name']} ms", "times faster"):
+        table.add_column(name, justify="right")
+    table.add_column("", width=24)
+    for row in compared(runs):
+        ratio = row["ratio"]
+        shown = "" if ratio is None else f"{ratio:.2f}"
+        bar = "" if ratio is None else "━" * max(1, min(24, round(ratio * 4)))
+        colour = "green" if ratio is None or ratio >= 1 else "red"
+        table.add_row(
+            escape(row["part"]), milliseconds(row["ours"]), milliseconds(row["theirs"]), shown, f"[{colour}]{bar}[/]"
+        )
+    return Panel(table, title=f"{ours['name']} beside {theirs['name']}", title_align="left", box=box.ROUNDED)
