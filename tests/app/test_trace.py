@@ -101,7 +101,7 @@ def test_on_a_cpu_everything_has_a_place(written):
 
 
 def page_of(found: dict) -> str:
-    empty = {"duration": 1, "names": [], "lanes": [], "left_out": 0}
+    empty = {"duration": 1, "view": [0, 1], "names": [], "lanes": [], "left_out": 0}
     return page(found | {"runs": [{"timeline": empty} | run for run in found["runs"]]})
 
 
@@ -116,7 +116,10 @@ def test_plain_transformers_starts_from_the_same_weights_and_has_no_op_of_ours_b
 def test_the_comparison_has_every_part_and_ends_with_the_whole_step(written):
     rows = compared(written["runs"])
     ours, theirs = written["runs"]
-    assert {row["part"] for row in ours["parts"] + theirs["parts"]} < {row["part"] for row in rows}
+    named = ", ".join(row["part"] for row in rows)
+    assert all(row["part"] in named for row in ours["parts"] + theirs["parts"])
+    assert sum(row["ours"] for row in rows[:-2]) == pytest.approx(ours["device_ms"])
+    assert sum(row["theirs"] for row in rows[:-2]) == pytest.approx(theirs["device_ms"])
     assert rows[-1]["ratio"] == pytest.approx(theirs["step_ms"] / ours["step_ms"])
 
 
@@ -147,7 +150,7 @@ def test_names_are_escaped_in_the_page(written):
     found["device"]["name"] = found["command"] = found["runs"][0]["name"] = bad
     for run in found["runs"]:
         lane = {"name": bad, "kind": "device", "events": [[0, 1, 0, 0, 0]]}
-        run["timeline"] = {"duration": 1, "names": [bad], "lanes": [lane], "left_out": 0}
+        run["timeline"] = {"duration": 1, "view": [0, 1], "names": [bad], "lanes": [lane], "left_out": 0}
     text = page(found)
     assert "<img" not in text and text.count("</script>") == len(found["runs"]) + 1
     assert "&lt;img onerror" in text

@@ -176,6 +176,8 @@ CU = torch.tensor([0, 2, 5], dtype=torch.int32)
 PACKED = {"q": _zeros(5, 4, 8), "k": _zeros(5, 2, 8), "v": _zeros(5, 2, 8), "cu_seqlens_q": CU, "cu_seqlens_k": CU}
 BAD = {
     "q must be floating point, got torch.int64": {"q": _zeros(2, 5, 4, 8, dtype=torch.int64)},
+    "q must have 16 bits or more a number, got torch.float8": {"q": DENSE["q"].to(torch.float8_e4m3fn)},
+    "k must be a tensor, got NoneType": {"k": None},
     r"k must have the dtype of q \(torch.float32\), got torch.float16": {"k": DENSE["k"].half()},
     r"v must have the device of q \(cpu\), got meta": {"v": DENSE["v"].to("meta")},
     r"q must be \[B, Sq, Hq, D\], or packed \[Tq, Hq, D\], got 2 dimensions": {"q": _zeros(5, 8)},
@@ -197,6 +199,7 @@ BAD = {
 BAD_PACKED = {
     "cu_seqlens_q is missing": {"cu_seqlens_q": None},
     "cu_seqlens_k is missing": {"cu_seqlens_k": None},
+    "cu_seqlens_q must be a tensor, got list": {"cu_seqlens_q": [0, 2, 5]},
     "cu_seqlens_k must be torch.int32, got torch.int64": {"cu_seqlens_k": CU.long()},
     r"cu_seqlens_q must have the device of q \(cpu\), got meta": {"cu_seqlens_q": CU.to("meta")},
     r"cu_seqlens_q must be \[n \+ 1\], got 2 dimensions": {"cu_seqlens_q": CU[None]},

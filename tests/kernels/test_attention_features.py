@@ -210,6 +210,7 @@ BAD = {
     "softcap must be a finite number, 0 .* or more, got -1": {"softcap": -1},
     "softcap must be a finite number, 0 .* or more, got nan": {"softcap": float("nan")},
     "softcap must be a finite number, 0 .* or more, got inf": {"softcap": float("inf")},
+    "sinks must be a tensor, got list": {"sinks": [0.0] * 4},
     "softcap must be a number, got str": {"softcap": "50"},
     "softcap must be a number, got Tensor": {"softcap": torch.tensor(50.0)},
     r"sinks must be \[4\] \(one for each head of q\), got \[2\]": {"sinks": torch.zeros(2)},
@@ -236,6 +237,15 @@ BAD = {
 def test_wrong_input_gets_one_clear_error(message):
     with pytest.raises(ValueError, match=f"^attention: {message}"):
         attention(Q, Q, Q, **BAD[message])
+
+
+def test_small_tensors_of_any_stride_are_read_right():
+    arguments = documents(20, 13)
+    expected = attention(**arguments, implementation="tilestack-triton")
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "sinks", "alibi_slopes", "dropout_seed"):
+        arguments[name] = torch.stack([arguments[name], torch.full_like(arguments[name], 7)], -1)[..., 0]
+        assert not arguments[name].is_contiguous()
+    assert torch.equal(attention(**arguments, implementation="tilestack-triton"), expected)
 
 
 def test_packed_slopes_are_one_row_a_document():

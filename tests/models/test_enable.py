@@ -10,7 +10,7 @@ from tiny_qwen3_moe import Plain, assert_same, ours_like, plain_model, tokens
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tilestack import KernelChoice, Qwen3MoeForCausalLM, enable
-from tilestack.kernels import UnsupportedError, ops
+from tilestack.kernels import ops
 
 DEVICE = torch.device(
     "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,21 +130,30 @@ def test_a_named_implementation_is_the_one_that_runs():
 
 
 def test_what_our_ops_cannot_do_is_left_to_transformers():
-    plain = plain_model(hidden_act="gelu", attention_dropout=0.1, mlp_only_layers=[0])
+    plain = plain_model(hidden_act="gelu", mlp_only_layers=[0])
     report = enable(copy.deepcopy(plain))
-    assert set(report.left_alone) == {"attention", "experts", "model.layers.0.mlp"}
+    assert set(report.left_alone) == {"experts", "model.layers.0.mlp"}
     assert "hidden_act is 'gelu'" in report.left_alone["experts"]
     ids = tokens(2, 8)
     plain.eval()
     torch.testing.assert_close(ours_like(plain)(ids).logits, plain(ids).logits)
 
 
-def test_dropout_is_refused_where_our_attention_was_asked_for_by_name():
-    model = plain_model(attention_dropout=0.1)
-    model.set_attn_implementation("tilestack")
-    with pytest.raises(UnsupportedError, match="attention_dropout=0.1"):
-        model(tokens(1, 4))
-    model.eval()(tokens(1, 4))
+def test_attention_dropout_drops_in_training_alone_and_follows_torchs_seed():
+    plain = plain_model(attention_dropout=0.5)
+    model, ids = ours_like(plain), tokens(2, 8)
+
+    def run():
+        torch.manual_seed(0)
+        return model(ids).logits
+
+    assert "attention_forward_reference" in used_ops(model, {"input_ids": ids})
+    dropped = run()
+    assert torch.equal(run(), dropped)
+    expected = plain.eval()(ids).logits
+    assert (dropped - expected).abs().max() > 1e-3
+    model.eval()
+    torch.testing.assert_close(run(), expected)
 
 
 def test_plain_transformers_knows_us_by_name(tmp_path):

@@ -8,11 +8,20 @@ from __future__ import annotations
 import torch
 
 
+def tensors(op: str, **values: object) -> None:
+    """Every value is a tensor."""
+    for name, value in values.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
 def floating(op: str, **tensors: torch.Tensor | None) -> None:
-    """Every tensor given holds floating-point numbers."""
+    """Every tensor given holds floating-point numbers of 16 bits or more."""
     for name, tensor in tensors.items():
         if tensor is not None and not tensor.is_floating_point():
             raise ValueError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+        if tensor is not None and tensor.dtype.itemsize < 2:
+            raise ValueError(f"{op}: {name} must have 16 bits or more a number, got {tensor.dtype}; convert it first")
 
 
 def same_dtype(op: str, **tensors: torch.Tensor | None) -> None:

@@ -133,8 +133,6 @@ def _configs(model: nn.Module) -> Iterator[Qwen3MoeConfig]:
 def _use_interfaces(config: Qwen3MoeConfig, report: Report, attention: bool, experts: bool) -> None:
     if not attention:
         report.left_alone["attention"] = f"attn_implementation={config._attn_implementation!r} was asked for"
-    elif config.attention_dropout:
-        report.left_alone["attention"] = f"our op has no dropout, attention_dropout is {config.attention_dropout}"
     else:
         report.set(config, "_attn_implementation_internal", NAME)
     if not experts:

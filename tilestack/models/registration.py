@@ -10,7 +10,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from tilestack.kernels import UnsupportedError, attention, moe
+from tilestack.kernels import attention, moe
 from tilestack.models.kernel_choice import KernelChoice
 from tilestack.models.packing import Packing, find_packing
 
@@ -70,16 +70,11 @@ def attention_forward(
     attention_mask: [B, S] or None; a mask [B, 1, Sq, Sk] goes to transformers' own SDPA path.
     kwargs: `packing`, or what it is found from: position_ids, cu_seq_lens_q, max_length_q.
 
-    Returns (out [B, Sq, Hq, D], None). Raises UnsupportedError for dropout.
+    Returns (out [B, Sq, Hq, D], None).
     """
     if attention_mask is not None and attention_mask.dim() == 4:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
-        )
-    if dropout:
-        raise UnsupportedError(
-            f"attention_dropout={dropout}: tilestack's attention has no dropout; "
-            "set config.attention_dropout = 0 or attn_implementation='sdpa'"
         )
     packing = kwargs.get("packing", _MISSING)
     if packing is _MISSING:
@@ -89,6 +84,7 @@ def attention_forward(
     tensors = [tensor.transpose(1, 2) for tensor in (query, key, value)]
     choice = kernels_of(module).attention
     arguments = {"causal": causal, "softmax_scale": scaling, "window_size": window, "implementation": choice}
+    arguments["dropout_p"] = dropout
     if packing is None:
         return attention(*tensors, **arguments), None
     out = attention(

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are not there, and says what the compiler made of it.
 
-    python -m tilestack.testing.offline [op ...] [--target sm_90 ...] [--thorough]
+    python -m tilestack.testing.offline [op ...] [--target sm_90 ...] [--thorough | --case NAME ...]
 
 The host functions of every implementation in Triton or Gluon run on tensors of torch's meta device (no memory, so real
 model shapes cost nothing) with Triton's launcher in front of a driver that pretends to be the target: signatures,
@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,14 +237,19 @@ def _on_meta(tensor: Any, differentiable: bool) -> Any:
     return moved.requires_grad_(differentiable and tensor.is_floating_point())
 
 
-def distinct_launches(op: OpCases, implementation: str, target: str, thorough: bool) -> list[Launch]:
+def distinct_launches(
+    op: OpCases, implementation: str, target: str, thorough: bool, names: Collection[str] = ()
+) -> list[Launch]:
     """What is worth compiling: all that real shapes launch (Qwen3-30B-A3B, or if thorough every one).
 
-    A kernel that they do not launch is taken from the first other case that does.
+    A kernel that they do not launch is taken from the first other case that does. With names, the cases of these names
+    and nothing else.
     """
     real = sorted((case for case in op.cases if case.gpu_only), key=lambda case: "Qwen3-30B-A3B" not in case.name)
     whole = real if thorough else real[:1]
     rest = [*(case for case in op.cases if not case.gpu_only), *real[len(whole) :]]
+    if names:
+        whole, rest = [case for case in op.cases if case.name in names], []
     found: dict[str, Launch] = {}
     known: set[JITFunction] = set()
     for case in [*whole, *rest]:
@@ -320,7 +325,7 @@ def unreached(op: str, launches: list[Launch]) -> set[str]:
     return {each.__name__ for each in defined - reached}
 
 
-def report(op: str, targets: list[str], thorough: bool = False) -> dict[str, Any]:
+def report(op: str, targets: list[str], thorough: bool = False, names: Collection[str] = ()) -> dict[str, Any]:
     """Compile the op's kernels for the targets.
 
     Returns {"compiled": [Compiled as a dict], "lost_variables": [...], "unreached": [names of kernels]}.
@@ -332,7 +337,7 @@ def report(op: str, targets: list[str], thorough: bool = False) -> dict[str, Any
             for implementation in implementations(op):
                 if implementation.refuses_machine(_pretended_device(target)):
                     continue
-                launches = distinct_launches(all_cases()[op], implementation.name, target, thorough)
+                launches = distinct_launches(all_cases()[op], implementation.name, target, thorough, names)
                 compiled += [compile_launch(op, each, target) for each in launches]
                 launched += launches
     return {
@@ -361,12 +366,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("op", nargs="*", help=f"ops (default: all): {', '.join(known)}")
     parser.add_argument("--target", action="append", choices=TARGETS, help="may be repeated; default: all")
     parser.add_argument("--thorough", action="store_true", help="every real shape of the grid, not only the first")
+    parser.add_argument("--case", action="append", default=[], help="of the grid, this one alone; may be repeated")
     parser.add_argument("--json", action="store_true", help="one JSON object an op and line instead of tables")
     args = parser.parse_args(argv)
     for op in args.op or known:
         if op not in known:
             parser.error(f"op {op!r} is not one of {', '.join(known)}")
-        found = report(op, args.target or list(TARGETS), args.thorough)
+        found = report(op, args.target or list(TARGETS), args.thorough, args.case)
         if args.json:
             print(json.dumps(found), flush=True)
             continue

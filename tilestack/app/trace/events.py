@@ -13,6 +13,7 @@ from typing import Any
 
 BACKWARD_NODE = "autograd::engine::evaluate_function: "
 _HOST = {"cpu_op", "user_annotation", "cuda_runtime", "cuda_driver"}
+_PROFILER = "ProfilerStep#"  # the profiler's own range around each step
 _DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 
 
@@ -76,7 +77,8 @@ class Events:
 def read(trace: dict[str, Any]) -> Events:
     """The events of a trace in Chrome's format."""
     complete = [each for each in trace["traceEvents"] if each.get("ph") == "X"]
-    host = [_host_event(each) for each in complete if each.get("cat") in _HOST]
+    mine = (each for each in complete if each.get("cat") in _HOST and not each["name"].startswith(_PROFILER))
+    host = [_host_event(each) for each in mine]
     host.sort(key=lambda event: (event.start, -event.duration))
     _nest(host)
     _link_backward(host, trace["traceEvents"])

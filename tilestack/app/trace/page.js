@@ -1,18 +1,18 @@
 "use strict";
 // Draws the timelines: rectangles of one step, from the JSON that lies in the page. Without it the rest still reads.
 (() => {
-  const ROW = 17, GAP = 9, LABEL = 15, AXIS = 22;
+  const ROW = 17, TALL = 34, GAP = 9, LABEL = 15, AXIS = 22;
   const LAYERS = ["application", "distributed", "model", "kernels", "libraries", "other"];
 
   class Timeline {
     constructor(root) {
       this.root = root;
       this.data = JSON.parse(root.querySelector("script").textContent);
+      this.data.end = Math.max(this.data.duration, this.data.view[1]);
       this.canvas = root.querySelector("canvas");
       this.tip = root.querySelector(".tip");
       this.said = root.querySelector(".said");
-      this.from = 0;
-      this.to = this.data.duration;
+      [this.from, this.to] = this.data.view;
       this.chosen = null;
       this.layOut();
       this.listen();
@@ -23,8 +23,9 @@
       let y = AXIS;
       this.lanes = this.data.lanes.map((lane) => {
         const depth = 1 + Math.max(0, ...lane.events.map((event) => event[4]));
-        const at = { ...lane, y, rows: y + LABEL, depth };
-        y += LABEL + depth * ROW + GAP;
+        const row = lane.kind === "device" && depth === 1 ? TALL : ROW;
+        const at = { ...lane, y, rows: y + LABEL, depth, row };
+        y += LABEL + depth * row + GAP;
         return at;
       });
       this.height = y;
@@ -62,9 +63,10 @@
         pen.font = "11px system-ui, sans-serif";
         pen.fillText(lane.name, 0, lane.y + LABEL / 2);
         pen.fillStyle = colour.track;
-        pen.fillRect(0, lane.rows, this.width, lane.kind === "device" ? lane.depth * ROW : 1);
+        pen.fillRect(0, lane.rows, this.width, lane.kind === "device" ? lane.depth * lane.row : 1);
         for (const event of lane.events) this.rectangle(pen, colour, lane, event);
       }
+      this.border(pen, colour);
       if (this.chosen) {
         const [left, top, wide, high] = this.place(this.chosen.lane, this.chosen.event);
         pen.strokeStyle = colour.ink;
@@ -73,9 +75,18 @@
       }
     }
 
+    // where the device's part of the step ends: what follows belongs to the next one, and is not drawn
+    border(pen, colour) {
+      const x = this.x(this.data.step[1]);
+      pen.fillStyle = colour.soft;
+      pen.fillRect(x, AXIS, 1.5, this.height);
+      pen.font = "italic 11px system-ui, sans-serif";
+      if (x < this.width - 80) pen.fillText("end of the step", x + 6, AXIS + LABEL / 2);
+    }
+
     place(lane, event) {
       const left = this.x(event[0]);
-      return [left, lane.rows + event[4] * ROW, Math.max(0.6, this.x(event[0] + event[1]) - left), ROW - 2];
+      return [left, lane.rows + event[4] * lane.row, Math.max(0.6, this.x(event[0] + event[1]) - left), lane.row - 2];
     }
 
     rectangle(pen, colour, lane, event) {
@@ -104,8 +115,9 @@
       const power = 10 ** Math.floor(Math.log10(rough));
       const step = [1, 2, 5, 10].map((each) => each * power).find((each) => each >= rough);
       pen.font = "11px system-ui, sans-serif";
-      for (let at = Math.ceil(this.from / step) * step; at <= this.to; at += step) {
-        const x = this.x(at);
+      const zero = this.data.step[0];  // times are told from the device's begin of the step
+      for (let at = Math.ceil((this.from - zero) / step) * step; at <= this.to - zero; at += step) {
+        const x = this.x(at + zero);
         pen.fillStyle = colour.line;
         pen.fillRect(x, 0, 1, this.height);
         pen.fillStyle = colour.soft;
@@ -114,15 +126,15 @@
     }
 
     time(us, step = us) {
-      if (step >= 1000 || us === 0) return `${+(us / 1000).toFixed(1)} ms`;
-      return step >= 100 ? `${+(us / 1000).toFixed(2)} ms` : `${+us.toFixed(1)} µs`;
+      if (Math.abs(step) >= 1000 || us === 0) return `${+(us / 1000).toFixed(1)} ms`;
+      return Math.abs(step) >= 100 ? `${+(us / 1000).toFixed(2)} ms` : `${+us.toFixed(1)} µs`;
     }
 
     at(x, y) {
       const time = this.from + x / this.width * (this.to - this.from), slack = 2 * (this.to - this.from) / this.width;
-      const lane = this.lanes.find((each) => y >= each.rows && y < each.rows + each.depth * ROW);
+      const lane = this.lanes.find((each) => y >= each.rows && y < each.rows + each.depth * each.row);
       if (!lane) return null;
-      const depth = Math.floor((y - lane.rows) / ROW);
+      const depth = Math.floor((y - lane.rows) / lane.row);
       let best = null, nearest = Infinity;
       for (const event of lane.events) {
         if (event[4] !== depth || event[0] > time + slack || event[0] + event[1] < time - slack) continue;
@@ -134,7 +146,7 @@
 
     words({ lane, event }) {
       const entry = this.data.entries[event[3]], name = this.data.names[event[2]];
-      const lines = [name, `${this.time(event[1])}, from ${this.time(event[0])} on`];
+      const lines = [name, `${this.time(event[1])}, from ${this.time(event[0] - this.data.step[0])} on`];
       if (entry) lines.push(`${entry[0]} — ${entry[2]}`, ...(entry[3] ? [`this op on average: ${entry[3]}`] : []));
       else lines.push(lane.name);
       return lines;
@@ -157,12 +169,12 @@
 
     zoom(factor, centre = this.width / 2) {
       const time = this.from + centre / this.width * (this.to - this.from);
-      const span = Math.min(this.data.duration, Math.max(5, (this.to - this.from) * factor));
+      const span = Math.min(this.data.end, Math.max(5, (this.to - this.from) * factor));
       this.show(time - centre / this.width * span, span);
     }
 
     show(from, span = this.to - this.from) {
-      this.from = Math.max(0, Math.min(from, this.data.duration - span));
+      this.from = Math.max(0, Math.min(from, this.data.end - span));
       this.to = this.from + span;
       this.tip.style.display = "none";
       this.draw();
@@ -177,7 +189,7 @@
       if (!found) return;
       const [start, long] = found.event;
       if (start < this.from || start + long > this.to) this.show(start - (this.to - this.from) / 3);
-      this.choose(found, this.x(start), found.lane.rows + ROW);
+      this.choose(found, this.x(start), found.lane.rows + found.lane.row);
       this.said.textContent = this.words(found).join("; ");
     }
 
@@ -204,9 +216,13 @@
         event.preventDefault();
         this.zoom((event.deltaY || event.deltaX) > 0 ? 1.25 : 0.8, inside(event)[0]);
       }, { passive: false });
-      const keys = { ArrowLeft: () => this.pan(-0.2), ArrowRight: () => this.pan(0.2), "+": () => this.zoom(0.6),
-        "=": () => this.zoom(0.6), "-": () => this.zoom(1.7), 0: () => this.zoom(Infinity), ".": () => this.walk(1),
-        ",": () => this.walk(-1) };
+      const keys = {
+        ArrowLeft: () => this.pan(-0.2), ArrowRight: () => this.pan(0.2),
+        "+": () => this.zoom(0.6), "=": () => this.zoom(0.6), "-": () => this.zoom(1.7),
+        0: () => this.show(0, this.data.end),
+        s: () => this.show(this.data.view[0], this.data.view[1] - this.data.view[0]),
+        ".": () => this.walk(1), ",": () => this.walk(-1),
+      };
       this.canvas.addEventListener("keydown", (event) => {
         if (keys[event.key] && !event.ctrlKey && !event.metaKey) { event.preventDefault(); keys[event.key](); }
       });

@@ -30,6 +30,7 @@ def page(found: dict[str, Any]) -> str:
     """The whole page. found: what trace.json holds, with each run's timeline."""
     runs = [run for run in found["runs"] if "error" not in run]
     device = found["device"]
+    longest = max((run["timeline"]["view"][1] - run["timeline"]["view"][0] for run in runs), default=0)
     title = f"tilestack trace, {device['name']}"
     parts = [
         "<!doctype html>",
@@ -41,11 +42,11 @@ def page(found: dict[str, Any]) -> str:
         f'<div class="runs{" two" if len(found["runs"]) == 2 else ""}">',
         *(_run(run, found) for run in found["runs"]),
         "</div><h2>One step over time</h2>",
-        '<p class="soft small">The last step that was traced. Drag to move; Ctrl and the wheel, a double click or the '
-        "buttons zoom; with the keyboard: arrows, + and -, 0 for all, comma and full stop for the kernel before and "
-        "after.</p><noscript><p>The timeline is drawn by the script in this page; all else is readable without.</p>"
-        "</noscript>",
-        *(_timeline(run, number, device["type"]) for number, run in enumerate(runs)),
+        '<p class="soft small">One of the traced steps; the host may be at work on the next one meanwhile. Drag to '
+        "move; Ctrl and the wheel, a double click or the buttons zoom; with the keyboard: arrows, + and -, s for the "
+        "step, 0 for all, comma and full stop for the kernel before and after.</p>",
+        "<noscript><p>The timeline is drawn by the script in this page; all else is readable without.</p></noscript>",
+        *(_timeline(run, number, device["type"], longest) for number, run in enumerate(runs)),
         _how(found),
         f"</main><script>{_own('page.js')}</script></body></html>",
     ]
@@ -156,14 +157,15 @@ def _ms(value: float) -> str:
 def _kernels(entry: dict[str, Any]) -> str:
     rows = "".join(
         f'<li><span class="mono" title="{escape(each["name"])}">{escape(kernel_name(each["name"]))}</span>'
-        f"<span>{escape(each['owner'])}</span>"
+        f"<span class='owner'>{escape(each['owner'])}</span>"
         f'<span class="num">{each["calls"]:,.4g} times</span><span class="num">{_ms(each["ms"])} ms</span></li>'
         for each in entry["kernels"][:MOST_KERNELS]
     )
     rest = entry["kernels"][MOST_KERNELS:]
     if rest:
         ms = milliseconds(sum(each["ms"] for each in rest)) or "0"
-        rows += f'<li><span class="mono">{len(rest)} more</span><span class="num">{ms} ms</span></li>'
+        more = f'<span class="mono">{len(rest)} more</span>'
+        rows += f'<li>{more}<span class="owner"></span><span class="num"></span><span class="num">{ms} ms</span></li>'
     host = milliseconds(entry["host_ms"])
     note = f"<li>host: {host} ms a step</li>" if host else ""
     return f'<ul class="kernellist">{rows}{note}</ul>'
@@ -226,8 +228,12 @@ def _compared(row: dict[str, Any], most: float, last: bool) -> str:
     )
 
 
-def _timeline(run: dict[str, Any], number: int, device: str) -> str:
+def _timeline(run: dict[str, Any], number: int, device: str, longest: float) -> str:
+    """The timeline of a run; `longest`: microseconds that are shown at first, the same for every run."""
+    begin = run["timeline"]["view"][0]
     drawn = run["timeline"] | {
+        "step": run["timeline"]["view"],
+        "view": [begin, begin + longest],
         "entries": [
             [" ".join(filter(None, (entry["what"], entry["implementation"]))), LAYERS.index(layer["layer"]),
              title_of(layer["layer"], device), rate(entry)]
@@ -239,7 +245,8 @@ def _timeline(run: dict[str, Any], number: int, device: str) -> str:
     buttons = "".join(
         f'<button type="button" data-key="{key}" aria-label="{what}">{shown}</button>'
         for key, shown, what in (
-            ("+", "+", "zoom in"), ("-", "−", "zoom out"), ("0", "all", "show the whole step"),
+            ("+", "+", "zoom in"), ("-", "−", "zoom out"), ("s", "step", "show the device's step"),
+            ("0", "all", "show all, from the host's first move on"),
             (",", "‹", "kernel before"), (".", "›", "next kernel"),
         )
     )  # fmt: skip
@@ -247,7 +254,7 @@ def _timeline(run: dict[str, Any], number: int, device: str) -> str:
     name = escape(run["name"])
     return (
         f'<div class="timeline"><div class="bar"><h3>{name}</h3>{buttons}<span class="soft small">'
-        f"{milliseconds(drawn['duration'] / 1e3)} ms with the host's part{kept}</span></div>"
+        f"{milliseconds(longest / 1e3)} ms are shown{kept}</span></div>"
         f'<canvas tabindex="0" role="img" aria-label="Timeline of one step of {name}: what ran on the device, and what '
         f'the host did. The tables above have the figures." id="timeline-{number}"></canvas><div class="tip"></div>'
         f'<p class="said" aria-live="polite"></p><script type="application/json">{text}</script></div>'

@@ -25,7 +25,7 @@ from tilestack.app.trace.attribution import (
 )
 from tilestack.app.trace.events import Events, HostEvent, read
 from tilestack.app.trace.rates import Rates
-from tilestack.app.trace.timeline import timeline
+from tilestack.app.trace.timeline import short, timeline
 from tilestack.app.trace.units import Places, Traced, Unit, covered, traced
 from tilestack.distributed.stages import PREFIX as STAGE
 
@@ -242,7 +242,7 @@ def _largest(gaps: list[tuple[float, float]], found: Traced, events: Events) -> 
                 "ms": (end - start) / 1e3,
                 "after": before.name if before else "",
                 "before": after.name if after else "",
-                "host": max(doing, key=lambda event: event.depth).name if doing else "",
+                "host": short(max(doing, key=lambda event: event.depth).name) if doing else "",
             }
         )
     return rows

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from tilestack.app.trace.attribution import APPLICATION, DISTRIBUTED, KERNELS, LIBRARIES, MODEL, OTHER
 from tilestack.app.trace.words import (
+    SMALL,
     compared,
     flops,
     folder_of,
@@ -32,8 +33,7 @@ COLOURS = {
 MOST_KERNELS = 3
 LEAST_GAP_MS = 0.05
 WIDE = 110  # columns of a terminal from which on everything is shown
-BAR = 20
-SMALL = 0.005  # shares below are summed up in one line
+BAR = 12
 
 
 class Progress:
@@ -134,7 +134,7 @@ def _entries(entries: list[dict[str, Any]], colour: str, width: int) -> Table:
     table.add_column("", ratio=1, no_wrap=True, overflow="ellipsis", min_width=24)
     columns = _columns(width)
     for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     large = [entry for entry in entries if entry["share"] >= SMALL]
     for entry in large:
         who = f"  [{colour}]{escape(entry['implementation'])}[/]" if entry["implementation"] else ""

@@ -1,4 +1,4 @@
-"""The last traced step as rows of rectangles, small enough to lie in a page."""
+"""One traced step as rows of rectangles, small enough to lie in a page."""
 
 from __future__ import annotations
 
@@ -14,42 +14,46 @@ DEEPEST = 5
 
 
 def timeline(events: Events, found: Traced, entries: list[tuple]) -> dict[str, Any]:
-    """The last step: lanes of events [start, duration, name, entry, depth].
+    """The last step but one, from the host's first move to the device's last.
 
-    Times are microseconds from the step's begin; name is an index into `names`, entry one into `entries` of the
-    picture in their order (-1: none), depth the row inside the lane. left_out: how many short host ranges are not
-    there.
+    A lane has events [start, duration, name, entry, depth]. Times are microseconds; name is an index into `names`,
+    entry one into `entries` of the picture in their order (-1: none), depth the row inside the lane. view: the device's
+    part, in which the host is often at work on the next step (the last step has none). left_out: how many short host
+    ranges are not there.
     """
-    last = len(found.steps) - 1
-    step, window = found.steps[last], found.windows[last]
+    number = max(0, len(found.steps) - 2)
+    step, window = found.steps[number], found.windows[number]
     zero, end = min(step.start, window[0]), max(step.end, window[1])
     names = _Names()
-    units = [unit for unit in found.units if unit.step == last]
-    index = {entry: number for number, entry in enumerate(entries)}
+    units = [unit for unit in found.units if unit.step == number]
+    index = {entry: at for at, entry in enumerate(entries)}
 
     def row(unit: Unit, depth: int) -> list:
         place = unit.place
         entry = index.get((place.layer, place.part, place.what, place.implementation), -1)
         return [round(unit.start - zero, 1), round(unit.duration, 1), names.of(unit.name), entry, depth]
 
-    host, left_out = _host_ranges(events, step)
-    lanes = [
+    host, left_out = _host_ranges(events, zero, end)
+    on_host = [
         {
-            "name": "host" if thread == step.thread else f"host, thread {number}",
+            "name": "host" if thread == step.thread else f"host, thread {at}",
             "kind": "host",
             "events": [
-                [round(event.start - zero, 1), round(event.duration, 1), names.of(_short(event.name)), -1, depth]
+                [round(event.start - zero, 1), round(event.duration, 1), names.of(short(event.name)), -1, depth]
                 for event, depth in host
                 if event.thread == thread
             ],
         }
-        for number, thread in enumerate(_threads(host, step.thread))
+        for at, thread in enumerate(_threads(host, step.thread))
     ]
+    lanes = []
     for lane in sorted({unit.lane for unit in units}):
         rows = [row(unit, _inside(unit, found)) for unit in units if unit.lane == lane]
         name = f"stream {lane}" if found.on_gpu else "operators" if lane == step.thread else f"operators, {lane}"
         lanes.append({"name": name, "kind": "device", "events": rows})
-    return {"duration": round(end - zero, 1), "names": names.all, "lanes": lanes, "left_out": left_out}
+    view = [round(each - zero, 1) for each in window]
+    duration = round(end - zero, 1)
+    return {"duration": duration, "view": view, "names": names.all, "lanes": lanes + on_host, "left_out": left_out}
 
 
 class _Names:
@@ -65,10 +69,11 @@ class _Names:
         return self._index[name]
 
 
-def _host_ranges(events: Events, step: HostEvent) -> tuple[list[tuple[HostEvent, int]], int]:
-    """Ranges of the step with their depth below it; of too many, the longest."""
-    inside = [event for event in events.host if step.start <= event.start < step.end and event.name != STEP]
-    shown = [(event, event.depth - (step.depth + 1 if event.thread == step.thread else 0)) for event in inside]
+def _host_ranges(events: Events, begin: float, end: float) -> tuple[list[tuple[HostEvent, int]], int]:
+    """Ranges of the host in this time with their depth; of too many, the longest."""
+    inside = [event for event in events.host if begin <= event.start < end]
+    least = {thread: min(e.depth for e in inside if e.thread == thread) for thread in {e.thread for e in inside}}
+    shown = [(event, event.depth - least[event.thread]) for event in inside]
     shown = [(event, depth) for event, depth in shown if depth < DEEPEST]
     if len(shown) > MOST_HOST_EVENTS:
         shortest = sorted((event.duration for event, _ in shown), reverse=True)[MOST_HOST_EVENTS]
@@ -87,5 +92,8 @@ def _inside(unit: Unit, found: Traced) -> int:
     return min(sum(each.kind == "cpu_op" for each in unit.host.chain()) - 1, DEEPEST - 1)
 
 
-def _short(name: str) -> str:
-    return name.removeprefix(MODULE).removeprefix(STAGE) or "model"
+def short(name: str) -> str:
+    """The name of a range of the host as people know it: of a module, of a stage, or an operator's."""
+    if name == STEP:
+        return "step"
+    return name.removeprefix(MODULE).removeprefix(STAGE) or "the whole model"

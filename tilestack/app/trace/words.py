@@ -8,6 +8,7 @@ from typing import Any
 from tilestack.app.explain import FOLDERS
 from tilestack.app.trace.attribution import LIBRARIES
 
+SMALL = 0.005  # shares below are summed up
 OTHER_SAYS = "what the profile does not let us place"
 
 
@@ -104,13 +105,21 @@ def _waits(run: dict[str, Any]) -> str:
 
 
 def compared(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Both runs by part of the model: part, ours and theirs in ms, theirs over ours; the last row is the whole step."""
+    """Both runs by part of the model: part, ours and theirs in ms, theirs over ours.
+
+    Parts that are small in both are one row; the last one is the whole step.
+    """
     ours, theirs = runs
     rows = []
     parts = {run["name"]: {row["part"]: row["ms"] for row in run["parts"]} for run in runs}
     for part in dict.fromkeys([*parts[ours["name"]], *parts[theirs["name"]]]):
         rows.append(_ratio(part, parts[ours["name"]].get(part, 0.0), parts[theirs["name"]].get(part, 0.0)))
     rows.sort(key=lambda row: -max(row["ours"], row["theirs"]))
+    small = [row for row in rows if max(row["ours"], row["theirs"]) < SMALL * theirs["device_ms"]]
+    rows = rows[: len(rows) - len(small)]
+    if small:
+        names = ", ".join(row["part"] for row in small)
+        rows.append(_ratio(names, sum(row["ours"] for row in small), sum(row["theirs"] for row in small)))
     rows.append(_ratio("idle", ours["idle_ms"], theirs["idle_ms"]))
     rows.append(_ratio("whole step, without the profiler", ours["step_ms"], theirs["step_ms"]))
     return rows

@@ -172,6 +172,11 @@ def _prepare(
     deterministic=False,
 ) -> tuple[tuple[torch.Tensor | None, ...], AttentionParams]:  # fmt: skip
     """Check the arguments of `attention`; the op's tensors and parameters."""
+    optional = {
+        "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks, "alibi_slopes": alibi_slopes,
+        "dropout_seed": dropout_seed,
+    }  # fmt: skip
+    checks.tensors("attention", q=q, k=k, v=v, **{name: each for name, each in optional.items() if each is not None})
     _check_tensors(q, k, v)
     _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes)
@@ -188,12 +193,12 @@ def _prepare(
         softcap=float(softcap),
         dropout_p=float(dropout_p),
     )
-    slopes = None if alibi_slopes is None else alibi_slopes.detach()
+    optional["alibi_slopes"] = None if alibi_slopes is None else alibi_slopes.detach()
     if not dropout_p:
-        dropout_seed = None
+        optional["dropout_seed"] = None
     elif dropout_seed is None:
-        dropout_seed = draw_seed(q.device)
-    return (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, slopes, dropout_seed), params
+        optional["dropout_seed"] = draw_seed(q.device)
+    return (q, k, v, *[None if each is None else each.contiguous() for each in optional.values()]), params
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -34,7 +34,6 @@ def refuses(call: Call) -> str | None:
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     q, k, v = (_readable(each) for each in (q, k, v))
     out, lse = q.new_empty(q.shape), empty_lse(q)
-    sinks = None if sinks is None else sinks.contiguous()
     slopes, seed, *numbers = _features(alibi_slopes, dropout_seed, params)
     tile = _tiles(q, params).forward
     blocks = _blocks(q, cu_seqlens_q, tile.block_m)
@@ -79,14 +78,10 @@ def backward(
 
 
 def _features(alibi_slopes: torch.Tensor | None, dropout_seed: torch.Tensor | None, params) -> tuple:
-    """Of all kernels: slopes, seed, soft cap, the slopes' stride from sequence to sequence, dropout's two numbers."""
-    stride = 0
-    if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.contiguous()
-        stride = alibi_slopes.stride(0) if alibi_slopes.dim() == 2 else 0
-    seed = None if dropout_seed is None else dropout_seed.contiguous()
+    """Arguments of all kernels: slopes, seed, soft cap, stride of the slopes, threshold and factor of dropout."""
+    stride = alibi_slopes.shape[1] if alibi_slopes is not None and alibi_slopes.dim() == 2 else 0
     rescale = 1 / (1 - params.dropout_p)
-    return alibi_slopes, seed, params.softcap, stride, dropout.threshold(params.dropout_p), rescale
+    return alibi_slopes, dropout_seed, params.softcap, stride, dropout.threshold(params.dropout_p), rescale
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
