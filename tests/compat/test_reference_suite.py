@@ -5,7 +5,6 @@ On a GPU with the suite's repeats and sizes, on a CPU with small ones.
 
 import functools
 
-import naive_attention as naive
 import pytest
 import torch
 from naive_attention import DEVICE, random
@@ -97,17 +96,9 @@ def test_checkpointing_drops_the_same_again():
 def test_keys_behind_the_end_do_not_reach_the_gradients_of_large_inputs(implementation, length, causal):
     q, k, v, dout = inputs(1, length, length, heads=2, dtype=torch.float16)
     q, k, v = ((scale * each.detach()).requires_grad_() for scale, each in ((5, q), (3, k), (3, v)))
-    (out, lse, *gradients), _ = run(flash_attn_func, (q, k, v), dout, causal=causal)
-    eager, exact = (each(q, k, v, dout, causal=causal) for each in (naive.results, naive.oracle))
-    # Nearly all weight is on one key, so dP - delta is nearly 0, and what is left is the rounding of out in delta =
-    # rowsum(out * dout): half a unit of each element. It goes into dq with sum_j P k, into dk with sum_i P q.
-    delta = (exact["out"] * dout.cpu()).abs().sum(-1).max() * torch.finfo(q.dtype).eps / 2
-    allowed = {"dq": delta * k.abs().max().cpu(), "dk": length * delta * q.abs().max().cpu(), "dv": 0.0}
-    for name, found in zip(("dq", "dk", "dv"), gradients, strict=True):
-        error, eager_error = ((each.cpu().double() - exact[name]).abs().max() for each in (found, eager[name]))
-        unit = torch.finfo(q.dtype).eps * exact[name].abs().max()
-        assert error <= 2 * eager_error + unit + q.shape[-1] ** -0.5 * allowed[name], name
-    assert out.isfinite().all() and lse.isfinite().all()
+    ours, _ = run(flash_attn_func, (q, k, v), dout, causal=causal)
+    compare(ours, q, k, v, dout, causal=causal, few_keys=True)
+    assert all(each.isfinite().all() for each in ours)
 
 
 def test_one_key_for_many_queries_and_maxima_that_are_totals_give_numbers(implementation):
