@@ -31,7 +31,7 @@ test-all: $(VENV)/installed ## every test, the slow ones too
 	$(BIN)/python -m pytest -n 2
 
 test-gpu: $(VENV)/installed ## the grid on the GPU at hand
-	$(BIN)/python -m pytest tests/kernels
+	$(BIN)/python -m pytest tests/kernels tests/compat
 
 lint: $(VENV)/installed    ## format and lint
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -80,6 +80,15 @@ def test_importing_the_package_alone_makes_no_alias():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_adapter_to_the_real_package_does_not_call_the_alias_by_its_name():
+    code = ALIASED + (
+        "from tilestack.kernels.attention import vendor_flash_attn\n"
+        "assert 'alias of tilestack.compat.flash_attn' in vendor_flash_attn.refuses(None)\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_transformers_does_not_take_the_alias_for_an_installed_flash_attn():
     code = ALIASED + (
         "from transformers.utils import is_flash_attn_2_available\nassert not is_flash_attn_2_available()\n"

@@ -127,6 +127,20 @@ def test_backward_drops_what_forward_dropped_and_needs_to_be_told():
         forward(*plain, return_softmax=True)
 
 
+def test_the_pair_compiles_into_one_graph():
+    plain = detached(*inputs(1, 6, 9)[:3])
+
+    def both(q, k, v):
+        out, lse, _, rng_state = forward(q, k, v, dropout_p=0.2, causal=True)
+        return out, *backward(out, q, k, v, out, lse, dropout_p=0.2, causal=True, rng_state=rng_state)
+
+    results = []
+    for function in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        torch.manual_seed(1)
+        results.append(function(*plain))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 def test_a_generator_of_ones_own_fixes_what_is_dropped():
     plain = detached(*inputs(1, 20, 20)[:3])
 

@@ -79,20 +79,27 @@ def options(
 
 
 def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, asked: dict[str, Any], rng_state: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), out differentiable in q, k and v, lse as tilestack has it. asked: from `options`."""
+    head_dim = q.shape[-1]
+    q, k, v = (pad_head_dim(each) for each in (q, k, v))
+    out, lse = attention(q, k, v, **asked, dropout_seed=rng_state, deterministic=True, return_lse=True)
+    return out if q.shape[-1] == head_dim else out[..., :head_dim], lse
+
+
+def attend_with_probabilities(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     asked: dict[str, Any],
     rng_state: torch.Tensor | None,
-    return_softmax: bool,
+    wanted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(out, softmax_lse, S_dmask), differentiable in q, k and v. asked: from `options`."""
-    padded = [pad_head_dim(each) for each in (q, k, v)]
-    out, lse = attention(*padded, **asked, dropout_seed=rng_state, deterministic=True, return_lse=True)
-    probabilities = q.new_empty(0)
-    if return_softmax and asked["dropout_p"] > 0:
-        probabilities = s_dmask(q.detach(), k.detach(), asked, rng_state)
-    return out[..., : q.shape[-1]], lse_to_flash_attn(lse), probabilities
+    """(out, softmax_lse, S_dmask) as flash-attn has them; S_dmask is of shape [0] if it is not wanted."""
+    out, lse = attend(q, k, v, asked, rng_state)
+    probabilities = s_dmask(q.detach(), k.detach(), asked, rng_state) if wanted else q.new_empty(0)
+    return out, lse_to_flash_attn(lse), probabilities
 
 
 def lse_to_flash_attn(lse: torch.Tensor) -> torch.Tensor:

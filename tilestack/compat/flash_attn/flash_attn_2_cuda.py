@@ -130,7 +130,7 @@ def _forward(q, k, v, out_, asked: dict[str, Any], return_softmax, gen_) -> list
     has_dropout = asked["dropout_p"] > 0
     check(has_dropout or not return_softmax, "return_softmax", "False where there is no dropout", return_softmax)
     rng_state = attend.seed(q.device, gen_) if has_dropout else None
-    out, lse, probabilities = attend.attend(q, k, v, asked, rng_state, return_softmax)
+    out, lse, probabilities = attend.attend_with_probabilities(q, k, v, asked, rng_state, return_softmax)
     if rng_state is None:
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
     return [out if out_ is None else out_.copy_(out), lse, probabilities, rng_state]

@@ -23,7 +23,14 @@ from __future__ import annotations
 import torch
 
 from tilestack.compat.flash_attn import flash_attn_2_cuda as flash_attn_gpu
-from tilestack.compat.flash_attn.attend import attend, maybe_contiguous, options, round_multiple, seed
+from tilestack.compat.flash_attn.attend import (
+    attend,
+    attend_with_probabilities,
+    maybe_contiguous,
+    options,
+    round_multiple,
+    seed,
+)
 from tilestack.compat.flash_attn.errors import FlashAttentionError, check
 from tilestack.compat.flash_attn.paged_keys import gather_keys
 from tilestack.compat.flash_attn.probabilities import get_block_size_n
@@ -241,9 +248,11 @@ def _unpack(packed: torch.Tensor, name: str, parts: int) -> tuple[torch.Tensor, 
 
 
 def _attend(q, k, v, asked, return_attn_probs):
-    rng_state = seed(q.device) if asked["dropout_p"] > 0 else None
-    results = attend(q, k, v, asked, rng_state, return_attn_probs)
-    return results if return_attn_probs else results[0]
+    has_dropout = asked["dropout_p"] > 0
+    rng_state = seed(q.device) if has_dropout else None
+    if return_attn_probs:
+        return attend_with_probabilities(q, k, v, asked, rng_state, has_dropout)
+    return attend(q, k, v, asked, rng_state)[0]
 
 
 # ---- what other projects import: flash-attn's ops (no gradient flows through them) and the names of its autograd ----

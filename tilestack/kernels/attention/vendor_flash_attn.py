@@ -5,6 +5,8 @@ It counts packed documents' blocks from a maximum length; where the caller gave 
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
 from tilestack.kernels.attention.features import SOFTCAP
@@ -16,6 +18,7 @@ from tilestack.kernels.attention.vendor_common import (
     readable,
     wanted,
 )  # fmt: skip
+from tilestack.kernels.dispatch import Call
 
 AUXILIARY = ()
 SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
@@ -28,7 +31,13 @@ ABILITIES = Abilities(
     deterministic_packed=True,
     features=(SOFTCAP,),
 )
-refuses = ABILITIES.refuses
+
+
+def refuses(call: Call) -> str | None:
+    module = sys.modules.get("flash_attn")
+    if module is not None and module.__name__ != "flash_attn":
+        return f"flash_attn is an alias of {module.__name__} in this process, not the package"
+    return ABILITIES.refuses(call)
 
 
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):

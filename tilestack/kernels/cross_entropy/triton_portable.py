@@ -47,7 +47,8 @@ def cross_entropy_fwd_kernel(
             finite = tl.where(new_largest == float("-inf"), 0.0, new_largest)
             total = total * tl.exp(largest - finite) + tl.exp(z - finite)
             largest = new_largest
-            added += tl.where(offs < V, z, 0.0)
+            if SMOOTHED:
+                added += tl.where(offs < V, z, 0.0)
     if KNOWN_LSE:
         lse = tl.load(known_lse_ptr + row)
     else:

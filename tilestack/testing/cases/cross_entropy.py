@@ -43,7 +43,7 @@ SHARED = (
 )  # fmt: skip
 SHARD = {"rows": 9, "classes": 40, "start": 40, "total": 120}
 SHARD_ARGUMENTS = {"class_start": 40, "total_classes": 120, "label_smoothing": 0.1}
-REAL = {"rows": 4096, "classes": 128256}
+REAL = {"rows": 1024, "classes": 128256}
 
 CASES = OpCases(
     op="cross_entropy",
