@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from host_reads import NoHostReads
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
@@ -279,3 +280,16 @@ class TestLoadingADamagedCheckpoint:
         (folder / "engine.json").unlink()
         with pytest.raises(CheckpointError, match=r"holds no engine\.json"):
             local_engine(tiny_model()).load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_step_with_clipping_and_update_reads_nothing_from_the_device(dtype, monkeypatch):
+    # on a CPU this looks at values, where there is nothing to wait for
+    monkeypatch.setattr("tilestack.models.packing._check_cu_seqlens", lambda *_: None)
+    engine = local_engine(tiny_model(dtype))
+    updates = []
+    monkeypatch.setattr("tilestack.distributed.local.adamw", lambda *_, **options: updates.append(options))
+    batches = global_step(0, ACCUMULATION)
+    with NoHostReads():
+        engine.train_step(batches, lr=1e-2)
+    assert len(updates) == len(engine.slots) and all(each["grad_scale"].ndim == 0 for each in updates)
