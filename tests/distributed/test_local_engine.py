@@ -83,7 +83,7 @@ def test_bfloat16_weights_follow_float32_masters():
 def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32():
     engine, again = local_engine(tiny_model(torch.bfloat16)), tiny_model(torch.bfloat16)
     seen = {}
-    engine.update = lambda lr, norm: seen.update({name: slot.gradient() for name, slot in engine.slots.items()})
+    engine.update = lambda lr, norm: seen.update({name: slot.gradient().clone() for name, slot in engine.slots.items()})
     batches = global_step(0, ACCUMULATION)
     engine.train_step(batches, lr=1e-2)
     expected = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in again.named_parameters()}

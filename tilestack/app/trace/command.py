@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import shlex
@@ -215,7 +216,9 @@ def _engine(name: str, config: Config, world: World, tokenizer: PreTrainedTokeni
     return make_engine(
         model,
         config.optimizer,
-        config.distributed,
+        dataclasses.replace(
+            config.distributed, cuda_graphs="off"
+        ),  # a replayed step does not say whose its kernels are
         accumulation=accumulation,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
