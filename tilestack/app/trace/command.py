@@ -213,12 +213,12 @@ def _engine(name: str, config: Config, world: World, tokenizer: PreTrainedTokeni
         return LocalEngine(model, config.optimizer, accumulation, world)
     with drawn:
         model = build(config, tokenizer)
+    # a replayed step does not say whose its kernels are
+    eager = dataclasses.replace(config.distributed, cuda_graphs="off")
     return make_engine(
         model,
         config.optimizer,
-        dataclasses.replace(
-            config.distributed, cuda_graphs="off"
-        ),  # a replayed step does not say whose its kernels are
+        eager,
         accumulation=accumulation,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
