@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from tilestack.bench.moe import roofline_tflops
 
 OURS = ("tilestack", "tilestack-triton")
-ORDER = (*OURS, "cudnn", "sdpa-flash", "flash-attn-2", "flash-attn-4", "xformers", "transformers", "sonic-moe")
+ORDER = (
+    *OURS, "cudnn", "sdpa-flash", "flash-attn-2", "flash-attn-4", "xformers", "transformers", "transformers-compile",
+    "liger", "sonic-moe",
+)  # fmt: skip
 DIRECTIONS = ("forward", "backward")
 
 

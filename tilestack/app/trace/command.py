@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import shlex
@@ -212,10 +213,12 @@ def _engine(name: str, config: Config, world: World, tokenizer: PreTrainedTokeni
         return LocalEngine(model, config.optimizer, accumulation, world)
     with drawn:
         model = build(config, tokenizer)
+    # a replayed step does not say whose its kernels are
+    eager = dataclasses.replace(config.distributed, cuda_graphs="off")
     return make_engine(
         model,
         config.optimizer,
-        config.distributed,
+        eager,
         accumulation=accumulation,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
