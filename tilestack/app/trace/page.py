@@ -243,8 +243,9 @@ def _timeline(run: dict[str, Any], number: int, device: str, longest: float) -> 
     return (
         f'<div class="timeline"><div class="bar"><h3>{name}</h3>{buttons}<span class="soft small">'
         f"{milliseconds(longest / 1e3)} ms are shown{kept}</span></div>"
-        f'<canvas tabindex="0" role="img" aria-label="Timeline of one step of {name}: what ran on the device, and what '
-        f'the host did. The tables above have the figures." id="timeline-{number}"></canvas><div class="tip"></div>'
+        f'<canvas tabindex="0" role="application" id="timeline-{number}" aria-label="Timeline of one step of {name}: '
+        'what ran on the device, and what the host did. The tables above have the figures."></canvas>'
+        '<div class="tip"></div>'
         f'<p class="said" aria-live="polite"></p><script type="application/json">{text}</script></div>'
     )
 
