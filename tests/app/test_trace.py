@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from app.tiny_run import write_config
 from tilestack.app.ceilings import ceilings
@@ -13,6 +14,7 @@ from tilestack.app.config import Config
 from tilestack.app.errors import UserError
 from tilestack.app.explain import named_device, training_calls
 from tilestack.app.model import new_config
+from tilestack.app.parse import to_plain
 from tilestack.app.start import configure
 from tilestack.app.trace import command, events
 from tilestack.app.trace.attribution import KERNELS, LAYERS, OTHER
@@ -20,6 +22,8 @@ from tilestack.app.trace.page import page
 from tilestack.app.trace.recording import MODULE, module_ranges
 from tilestack.app.trace.rival import as_transformers_likes_it
 from tilestack.app.trace.words import compared, milliseconds, percent
+from tilestack.bench import tables
+from tilestack.bench import trace as bench
 from tilestack.kernels import ops, work
 
 
@@ -154,6 +158,38 @@ def test_names_are_escaped_in_the_page(written):
     text = page(found)
     assert "<img" not in text and text.count("</script>") == len(found["runs"]) + 1
     assert "&lt;img onerror" in text
+
+
+def test_the_bench_keeps_the_figures_as_a_result_file_with_the_page_beside_it(traced, tmp_path, monkeypatch):
+    seen = []
+
+    def trace(config, *rest):
+        seen.append(config)
+        return {name: value for name, value in traced[1].items() if name != "command"} | {
+            "facts": {"x": [config.data.source]}
+        }
+
+    monkeypatch.setattr(bench, "trace", trace)
+    monkeypatch.setattr(bench, "show", lambda found: None)
+    monkeypatch.setattr(bench, "prepare", lambda folder, vocabulary: (folder / "text.jsonl", folder / "tokenizer"))
+    path = bench.run(4, 2, 4096, tmp_path)
+    run = json.loads(path.read_text())
+    assert {"bench", "device", "versions", "commit", "date", "ceilings", "rows"} <= run.keys()
+    assert seen[0].data.micro_batch_tokens == 8192 and seen[0].model.hidden == 2048
+    page = path.with_suffix(".html").read_text()
+    assert "bench trace --layers 4 --batch 2 --seqlen 4096" in page and "timeline" not in run["rows"][0]
+    assert str(seen[0].data.source) not in page, "a folder that is no more"
+    monkeypatch.setattr(tables, "result_files", lambda name: [path])
+    monkeypatch.setattr(tables, "read", lambda path: run | {"configuration": to_plain(seen[0])})
+    table = tables.trace_table()
+    assert "4 layers, 2 x 4096 tokens" in table and "| experts |" in table and "| whole step," in table
+
+
+def test_the_bench_s_tokenizer_has_as_many_tokens_as_the_model(tmp_path):
+    text, folder = bench.prepare(tmp_path, 400)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 400 and tokenizer.eos_token_id is not None
+    assert len(json.loads(text.read_text())["text"]) > 100_000
 
 
 def test_a_rival_that_does_not_fit_is_said_and_the_rest_is_shown(written):
