@@ -16,7 +16,7 @@ from tilestack.app.explain import named_device, training_calls
 from tilestack.app.model import new_config
 from tilestack.app.parse import to_plain
 from tilestack.app.start import configure
-from tilestack.app.trace import command, events
+from tilestack.app.trace import command, events, session
 from tilestack.app.trace.attribution import KERNELS, LAYERS, OTHER
 from tilestack.app.trace.page import page
 from tilestack.app.trace.recording import MODULE, module_ranges
@@ -24,6 +24,7 @@ from tilestack.app.trace.rival import as_transformers_likes_it
 from tilestack.app.trace.words import compared, milliseconds, percent
 from tilestack.bench import tables
 from tilestack.bench import trace as bench
+from tilestack.distributed import World
 from tilestack.kernels import ops, work
 
 
@@ -202,18 +203,15 @@ def test_a_rival_that_does_not_fit_is_said_and_the_rest_is_shown(written):
 
 
 def test_memory_that_runs_out_in_the_rival_is_its_error_alone(traced, monkeypatch):
-    real = command._run
-
     def run(name, *rest):
-        if name == command.RIVAL:
+        if name == session.RIVAL:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. 3.00 GiB is free")
         return {"name": name}
 
-    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(session, "_run", run)
     config, _ = configure(["--config", str(traced[0] / "tiny.yaml")])
-    world = command.start(config.distributed)
-    found = command.trace(config, world, command.RIVAL, 1, 1, lambda text: None)
-    assert real is not run
+    world = World(0, 1, torch.device("cpu"))
+    found = session.trace(config, world, session.RIVAL, 1, 1, lambda text: None)
     assert found["runs"][1] == {
         "name": "transformers",
         "error": "not enough memory on the GPU: 20.00 GiB more were needed, 3.00 GiB were free",
@@ -238,8 +236,14 @@ def test_wrong_input_is_one_message_and_nothing_is_written(options, message, tmp
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out: .*file/below cannot be made"):
+        command.main(["--config", str(write_config(tmp_path)), "--out", str(tmp_path / "file" / "below")])
+
+
 def test_a_comparison_is_for_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "start", lambda distributed: command.World(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(command, "start", lambda distributed: World(0, 2, torch.device("cpu")))
     with pytest.raises(UserError, match="--compare transformers runs in one process"):
         command.main(["--config", str(write_config(tmp_path)), "--compare", "transformers"])
 
