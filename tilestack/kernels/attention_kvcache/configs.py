@@ -34,7 +34,7 @@ HOPPER_PREFILL = {  # the same day: 512 queries over 8192 keys, and 4096 over as
     64: Tile(64, 64, 4, 3, 2), 128: Tile(64, 64, 4, 3, 2), 256: Tile(128, 64, 8, 2, 1),
 }  # fmt: skip
 LARGE_DECODING = {64: Tile(16, 64, 4, 3, 4), 128: Tile(16, 64, 4, 3, 2), 256: Tile(16, 32, 4, 3, 2)}  # sm_80, sm_100
-LARGE_PREFILL = {64: Tile(64, 64, 4, 3, 2), 128: Tile(128, 64, 8, 3, 1), 256: Tile(64, 32, 4, 2, 1)}
+LARGE_PREFILL = {64: Tile(64, 64, 4, 3, 2), 128: Tile(128, 64, 8, 3, 1), 256: Tile(64, 32, 8, 2, 1)}
 # consumer GPUs (about 100 KiB of shared memory), AMD (64 KiB), the unknown
 SMALL_DECODING = {64: Tile(16, 64, 4, 2, 2), 128: Tile(16, 64, 4, 2, 1), 256: Tile(16, 32, 4, 2, 1)}
 SMALL_PREFILL = {64: Tile(64, 64, 4, 2, 1), 128: Tile(64, 32, 4, 2, 1), 256: Tile(32, 32, 4, 1, 1)}
