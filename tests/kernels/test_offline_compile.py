@@ -32,6 +32,13 @@ ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("attention_backward_kernel", "sm_90"): (10, "with Triton 3.7 and 3.8 alone; none with 3.6"),
     ("attention_bwd_dk_dv_kernel", "sm_100"): (85, "packed input and single queries; as on sm_90"),
     ("attention_bwd_dk_dv_kernel", "sm_120"): (16, UNEVEN),
+    ("attention_kvcache_kernel", "sm_90"): (
+        16,
+        "a chunk of D 128 with Triton 3.8, of D 256 with 3.6: fastest on an H100",
+    ),
+    ("attention_kvcache_kernel", "sm_86"): (2, "decoding with Triton 3.6 alone"),
+    ("attention_kvcache_kernel", "sm_89"): (3, "with Triton 3.6 alone"),
+    ("attention_kvcache_kernel", "sm_120"): (3, "decoding with Triton 3.6 alone"),
 }
 # with a soft cap, ALiBi or dropout; smaller tiles spill less and are slower, as an H100 showed
 FEATURES = ("HAS_SOFTCAP=True", "HAS_ALIBI=True", "HAS_DROPOUT=True")
