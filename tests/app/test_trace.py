@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from app.tiny_run import write_config
 from tilestack.app.ceilings import ceilings
@@ -13,13 +14,17 @@ from tilestack.app.config import Config
 from tilestack.app.errors import UserError
 from tilestack.app.explain import named_device, training_calls
 from tilestack.app.model import new_config
+from tilestack.app.parse import to_plain
 from tilestack.app.start import configure
-from tilestack.app.trace import command, events
+from tilestack.app.trace import command, events, session
 from tilestack.app.trace.attribution import KERNELS, LAYERS, OTHER
 from tilestack.app.trace.page import page
 from tilestack.app.trace.recording import MODULE, module_ranges
 from tilestack.app.trace.rival import as_transformers_likes_it
 from tilestack.app.trace.words import compared, milliseconds, percent
+from tilestack.bench import tables
+from tilestack.bench import trace as bench
+from tilestack.distributed import World
 from tilestack.kernels import ops, work
 
 
@@ -156,6 +161,38 @@ def test_names_are_escaped_in_the_page(written):
     assert "&lt;img onerror" in text
 
 
+def test_the_bench_keeps_the_figures_as_a_result_file_with_the_page_beside_it(traced, tmp_path, monkeypatch):
+    seen = []
+
+    def trace(config, *rest):
+        seen.append(config)
+        return {name: value for name, value in traced[1].items() if name != "command"} | {
+            "facts": {"x": [config.data.source]}
+        }
+
+    monkeypatch.setattr(bench, "trace", trace)
+    monkeypatch.setattr(bench, "show", lambda found: None)
+    monkeypatch.setattr(bench, "prepare", lambda folder, vocabulary: (folder / "text.jsonl", folder / "tokenizer"))
+    path = bench.run(4, 2, 4096, tmp_path)
+    run = json.loads(path.read_text())
+    assert {"bench", "device", "versions", "commit", "date", "ceilings", "rows"} <= run.keys()
+    assert seen[0].data.micro_batch_tokens == 8192 and seen[0].model.hidden == 2048
+    page = path.with_suffix(".html").read_text()
+    assert "bench trace --layers 4 --batch 2 --seqlen 4096" in page and "timeline" not in run["rows"][0]
+    assert str(seen[0].data.source) not in page, "a folder that is no more"
+    monkeypatch.setattr(tables, "result_files", lambda name: [path])
+    monkeypatch.setattr(tables, "read", lambda path: run | {"configuration": to_plain(seen[0])})
+    table = tables.trace_table()
+    assert "4 layers, 2 x 4096 tokens" in table and "| experts |" in table and "| whole step," in table
+
+
+def test_the_bench_s_tokenizer_has_as_many_tokens_as_the_model(tmp_path):
+    text, folder = bench.prepare(tmp_path, 400)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(tokenizer) == 400 and tokenizer.eos_token_id is not None
+    assert len(json.loads(text.read_text())["text"]) > 100_000
+
+
 def test_a_rival_that_does_not_fit_is_said_and_the_rest_is_shown(written):
     found = written | {
         "runs": [written["runs"][0], {"name": "transformers", "error": "not enough memory <on the GPU>"}]
@@ -166,18 +203,15 @@ def test_a_rival_that_does_not_fit_is_said_and_the_rest_is_shown(written):
 
 
 def test_memory_that_runs_out_in_the_rival_is_its_error_alone(traced, monkeypatch):
-    real = command._run
-
     def run(name, *rest):
-        if name == command.RIVAL:
+        if name == session.RIVAL:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. 3.00 GiB is free")
         return {"name": name}
 
-    monkeypatch.setattr(command, "_run", run)
+    monkeypatch.setattr(session, "_run", run)
     config, _ = configure(["--config", str(traced[0] / "tiny.yaml")])
-    world = command.start(config.distributed)
-    found = command.trace(config, world, command.RIVAL, 1, 1, lambda text: None)
-    assert real is not run
+    world = World(0, 1, torch.device("cpu"))
+    found = session.trace(config, world, session.RIVAL, 1, 1, lambda text: None)
     assert found["runs"][1] == {
         "name": "transformers",
         "error": "not enough memory on the GPU: 20.00 GiB more were needed, 3.00 GiB were free",
@@ -202,8 +236,14 @@ def test_wrong_input_is_one_message_and_nothing_is_written(options, message, tmp
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="--out: .*file/below cannot be made"):
+        command.main(["--config", str(write_config(tmp_path)), "--out", str(tmp_path / "file" / "below")])
+
+
 def test_a_comparison_is_for_one_process(tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "start", lambda distributed: command.World(0, 2, torch.device("cpu")))
+    monkeypatch.setattr(command, "start", lambda distributed: World(0, 2, torch.device("cpu")))
     with pytest.raises(UserError, match="--compare transformers runs in one process"):
         command.main(["--config", str(write_config(tmp_path)), "--compare", "transformers"])
 

@@ -1,6 +1,8 @@
 """torchrun --nproc-per-node 2 train.py: the losses of one process, through DeepSpeed, and a resume."""
 
+import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,23 @@ def test_two_processes_resume_bit_for_bit_from_a_checkpoint_in_the_middle(two):
     shutil.rmtree(two / "checkpoints" / "step-00000008")
     torchrun("--resume", two)
     assert numbers(two) == before
+
+
+@pytest.mark.slow  # the rest of a trace is checked in one process
+def test_a_trace_of_two_processes_is_that_of_the_first_with_its_collectives(finished, tmp_path):
+    source = yaml.safe_load((finished / "config.yaml").read_text())["data"]["source"]
+    command = "import sys; from tilestack.app.cli import main; sys.exit(main(sys.argv[1:]))"
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    options = ("--config", str(write_config(tmp_path, data={"source": source})), "--steps", "1", "--warmup", "1")
+    options = (*options, "--distributed.zero", "2", "--out", str(tmp_path / "out"))
+    process = python(*launcher, sys.executable, "-c", command, "trace", *options)
+    said, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, f"{said[-2000:]}\n{errors[-4000:]}"
+    found = json.loads((tmp_path / "out" / "trace.json").read_text())
+    (run,) = found["runs"]
+    box = next(layer for layer in run["layers"] if layer["layer"] == "DISTRIBUTED TRAINING")
+    assert "collectives" in {entry["what"] for entry in box["entries"]} and found["device"]["processes"] == 2
+    assert said.count("kernels by who wrote them") == 1, "one process speaks"
 
 
 def test_one_process_goes_on_from_a_checkpoint_of_two(two, finished, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from host_reads import NoHostReads
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
@@ -82,7 +83,7 @@ def test_bfloat16_weights_follow_float32_masters():
 def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32():
     engine, again = local_engine(tiny_model(torch.bfloat16)), tiny_model(torch.bfloat16)
     seen = {}
-    engine._update = lambda lr, norm: seen.update({name: slot.gradient() for name, slot in engine.slots.items()})
+    engine.update = lambda lr, norm: seen.update({name: slot.gradient().clone() for name, slot in engine.slots.items()})
     batches = global_step(0, ACCUMULATION)
     engine.train_step(batches, lr=1e-2)
     expected = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in again.named_parameters()}
@@ -279,3 +280,16 @@ class TestLoadingADamagedCheckpoint:
         (folder / "engine.json").unlink()
         with pytest.raises(CheckpointError, match=r"holds no engine\.json"):
             local_engine(tiny_model()).load(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_whole_step_with_clipping_and_update_reads_nothing_from_the_device(dtype, monkeypatch):
+    # on a CPU this looks at values, where there is nothing to wait for
+    monkeypatch.setattr("tilestack.models.packing._check_cu_seqlens", lambda *_: None)
+    engine = local_engine(tiny_model(dtype))
+    updates = []
+    monkeypatch.setattr("tilestack.distributed.local.adamw", lambda *_, **options: updates.append(options))
+    batches = global_step(0, ACCUMULATION)
+    with NoHostReads():
+        engine.train_step(batches, lr=1e-2)
+    assert len(updates) == len(engine.slots) and all(each["grad_scale"].ndim == 0 for each in updates)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tilestack.kernels import UnsupportedError, adamw
-from tilestack.kernels.adamw.op import OP
+from tilestack.kernels.adamw.op import OP, AdamWParams
 from tilestack.kernels.device import Device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -50,6 +50,21 @@ def _ours(param, gradients, implementation, master=None, **overrides):
             param, gradient, exp_avg, exp_avg_sq, master=master, step=step, implementation=implementation,
             **(HYPER | overrides),
         )  # fmt: skip
+
+
+@every_implementation
+def test_scalars_on_the_device_give_the_step_that_they_were_made_of(implementation):
+    params = AdamWParams(step=9, **HYPER)
+    start, gradient = _start(), _gradients()[0]
+    found = []
+    for scalars, step, lr in ((None, 9, HYPER["lr"]), (torch.tensor(params.scalars(), device=DEVICE), 1, 0.5)):
+        param, master, moment, square = start.bfloat16(), start.clone(), 0.1 * start, (0.1 * start).square()
+        options = HYPER | {"step": step, "lr": lr}
+        adamw(param, gradient, moment, square, master=master, scalars=scalars, implementation=implementation, **options)
+        found.append(master)
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+    if implementation == "tilestack-triton":
+        assert torch.equal(*found)
 
 
 @every_implementation

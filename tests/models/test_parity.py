@@ -17,6 +17,10 @@ SHAPES = {
     "sliding window": {"use_sliding_window": True, "sliding_window": 5},
     "rope linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
     "rope dynamic": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+    "rope dynamic, longer than its positions": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        "max_position_embeddings": 16,
+    },
     "rope yarn": {
         "rope_parameters": {
             "rope_type": "yarn",

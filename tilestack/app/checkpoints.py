@@ -41,6 +41,7 @@ FREE_KEYS = (
     "train.keep_checkpoints",
     "model.activation_checkpointing",
     "model.activation_offload",
+    "distributed.cuda_graphs",
 )
 
 

@@ -16,6 +16,7 @@ USAGE = """usage: tilestack COMMAND [options]
   explain   show, for a configuration and this machine, which kernel each op runs and why not another
   trace     run a few training steps and draw what really ran: ops, kernels, rates, a timeline
   doctor    is this machine ready to train, and what to do if it is not
+  report    one page about a run: losses, speed, checkpoints, sample
   bench     time the kernels and the training step beside their rivals, on a GPU
 
 tilestack COMMAND --help says more."""
@@ -23,6 +24,7 @@ MODULES = {
     "explain": "tilestack.app.explain",
     "trace": "tilestack.app.trace.command",
     "doctor": "tilestack.app.doctor",
+    "report": "tilestack.app.report",
     "bench": "tilestack.bench.cli",
 }
 

@@ -230,7 +230,7 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
             AdamWParams(1, config.optimizer.lr, config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps,
                         config.optimizer.weight_decay),
             needs_grad=False, param=experts, grad=experts, exp_avg=state, exp_avg_sq=state,
-            master=None if dtype == torch.float32 else state, grad_scale=spec(of=torch.float32),
+            master=None if dtype == torch.float32 else state, grad_scale=spec(of=torch.float32), scalars=None,
         ),
     }  # fmt: skip
     if _has_dense_layers(shape):

@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     traced.add_argument("--layers", type=int, default=4, help="decoder layers of 48")
     traced.add_argument("--batch", type=int, default=2, help="sequences")
     traced.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
+    benches.add_parser("kvcache", help="a decoding step over a cache of keys and values")
     benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
     return top
 
@@ -88,6 +89,10 @@ def _run(arguments: argparse.Namespace) -> Path:
         from tilestack.bench import trace
 
         return trace.run(arguments.layers, arguments.batch, arguments.seqlen, arguments.out)
+    if arguments.bench == "kvcache":
+        from tilestack.bench import kvcache
+
+        return kvcache.run(arguments.repeats, arguments.out)
     from tilestack.bench import ops
 
     return ops.run(arguments.only, arguments.repeats, arguments.out)

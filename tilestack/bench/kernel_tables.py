@@ -7,7 +7,10 @@ from collections.abc import Iterable
 from tilestack.bench.moe import roofline_tflops
 
 OURS = ("tilestack", "tilestack-triton")
-ORDER = (*OURS, "cudnn", "sdpa-flash", "flash-attn-2", "flash-attn-4", "xformers", "transformers", "sonic-moe")
+ORDER = (
+    *OURS, "cudnn", "sdpa-flash", "flash-attn-2", "flash-attn-4", "xformers", "transformers", "transformers-compile",
+    "liger", "sonic-moe",
+)  # fmt: skip
 DIRECTIONS = ("forward", "backward")
 
 
@@ -140,6 +143,28 @@ def failures(rows: list[dict]) -> list[str]:
         reason = " ".join(row["error"].split())[:120].replace("|", "/")
         lines.append(f"| {what} | {row['implementation']} | {reason} |")
     return lines
+
+
+def kvcache_block(run: dict) -> str:
+    """GB/s of keys and values, beside those of a copy."""
+    timed = [row for row in run["rows"] if row["ms_median"] is not None]
+    names = ordered(row["implementation"] for row in timed)
+    lines = [
+        heading(run), "", _spread(timed), "",
+        f"| GB/s over keys and values | {' | '.join(names)} | tilestack over a copy |", "|---" * (len(names) + 2) + "|",
+    ]  # fmt: skip
+    for what in dict.fromkeys(row["case"]["case"] for row in timed):
+        rates = {row["implementation"]: row["gbps"] for row in timed if row["case"]["case"] == what}
+        cells = [f"{rates[name]:.0f}" if name in rates else "" for name in names]
+        own = f"{rates['tilestack-triton'] / run['ceilings']['copy_gbps']:.2f}" if "tilestack-triton" in rates else ""
+        lines.append(f"| {what} | {' | '.join(cells)} | {own} |")
+    return "\n".join([*lines, *_not_timed(run["rows"])]) + "\n"
+
+
+def _not_timed(rows: list[dict]) -> list[str]:
+    failed = [row for row in rows if isinstance(row["error"], str)]
+    return ["", *(f"- {row['case']['case']}, {row['implementation']}: {' '.join(row['error'].split())[:120]}"
+                  for row in failed)] if failed else []  # fmt: skip
 
 
 def moe_block(run: dict) -> str:

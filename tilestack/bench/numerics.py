@@ -102,24 +102,28 @@ def texts(case: NumericsCase) -> tuple[int, dict[int, list[MicroBatch]]]:
     return len(tokenizer), batches
 
 
-def start_weights(shape: transformers.Qwen3MoeConfig) -> dict[str, torch.Tensor]:
+def start_weights(shape: transformers.Qwen3MoeConfig, device: torch.device) -> dict[str, torch.Tensor]:
     """The weights that every run starts from: drawn in float32, then rounded to bf16."""
     torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM._from_config(shape, dtype=torch.float32)
+    with device:
+        model = transformers.Qwen3MoeForCausalLM._from_config(shape, dtype=torch.float32)
     return {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items()}
 
 
-def build(name: str, shape: transformers.Qwen3MoeConfig, weights: dict[str, torch.Tensor]) -> torch.nn.Module:
-    """The model of a run, on the CPU, with the weights."""
+def build(
+    name: str, shape: transformers.Qwen3MoeConfig, weights: dict[str, torch.Tensor], device: torch.device
+) -> torch.nn.Module:
+    """The model of a run, with the weights."""
     dtype = torch.float32 if name == FLOAT32 else torch.bfloat16
-    if name == OURS:
-        model = inner = Qwen3MoeForCausalLM._from_config(shape, dtype=dtype)
-    else:
-        attention, experts = RIVALS[name]
-        inner = transformers.Qwen3MoeForCausalLM._from_config(
-            shape, dtype=dtype, attn_implementation=attention, experts_implementation=experts
-        )
-        model = PlainTransformers(inner)
+    with device:
+        if name == OURS:
+            model = inner = Qwen3MoeForCausalLM._from_config(shape, dtype=dtype)
+        else:
+            attention, experts = RIVALS[name]
+            inner = transformers.Qwen3MoeForCausalLM._from_config(
+                shape, dtype=dtype, attn_implementation=attention, experts_implementation=experts
+            )
+            model = PlainTransformers(inner)
     inner.load_state_dict(weights)
     return model
 
@@ -191,11 +195,11 @@ def train_all(case: NumericsCase, device: torch.device) -> dict[tuple[int, str],
     """The losses of all runs, by (order, name); prints as it goes."""
     vocabulary, batches = texts(case)
     shape = case.shape(vocabulary)
-    weights = start_weights(shape)
+    weights = start_weights(shape, device)
     runs = {}
     for order, name in itertools.product(case.orders, (*RIVALS, OURS)):
         started = time.perf_counter()
-        model = build(name, shape, weights)
+        model = build(name, shape, weights, device)
         runs[order, name] = losses(name, model, batches[order], case, device)
         seconds = time.perf_counter() - started
         print(f"order {order}, {name:21} last loss {runs[order, name][-1]:.4f}, {seconds:.1f} s", flush=True)

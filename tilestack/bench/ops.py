@@ -38,9 +38,12 @@ def calls(op: OpCases, case: Case, implementation: str) -> dict[str, Callable[[]
         with torch.no_grad():
             return op.call(tensors, case.arguments, implementation)
 
+    upstream = []  # made in the first call, which is not timed
+
     def both() -> object:
         outputs = [out for out in op.call(leaves, case.arguments, implementation).values() if out.requires_grad]
-        return torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs])
+        upstream.extend(torch.randn_like(out) for out in outputs[len(upstream) :])
+        return torch.autograd.grad(outputs, wanted, upstream)
 
     return {"forward": forward, "both": both} if wanted else {"forward": forward}
 
@@ -85,9 +88,12 @@ def problem_calls(problem: Problem, tensors: Tensors, variant: Variant) -> dict[
         with torch.no_grad():
             return variant(tensors)
 
+    upstream = []  # made in the first call, which is not timed
+
     def both() -> tuple[torch.Tensor, ...]:
         outputs = variant(leaves)
-        return (*outputs, *torch.autograd.grad(outputs, wanted, [torch.ones_like(out) for out in outputs]))
+        upstream.extend(torch.randn_like(out) for out in outputs[len(upstream) :])
+        return (*outputs, *torch.autograd.grad(outputs, wanted, upstream))
 
     return {"forward": forward, "both": both} if wanted else {"forward": forward}
 
@@ -96,6 +102,7 @@ def results(problem: Problem, variant: Variant) -> list[torch.Tensor]:
     """Outputs and gradients of a variant, on the CPU; the tensors are the same at each call."""
     torch.manual_seed(0)
     *_, call = problem_calls(problem, problem.make(), variant).values()
+    torch.manual_seed(1)  # for the upstream gradients: what a variant draws must not change them
     return [each.detach().float().cpu() for each in call()]
 
 
@@ -107,8 +114,11 @@ def refuse_wrong(found: list[torch.Tensor], right: list[torch.Tensor]) -> None:
             raise RuntimeError(f"wrong: result {index} is off by {error:.1%}")
 
 
-def problem_rows(problem: Problem, repeats: int) -> Iterator[Row]:
-    """The rows of every variant of a problem; one that fails, is missing or is wrong says so in its row."""
+def problem_rows(problem: Problem, repeats: int, untimed: tuple[str, ...] = ()) -> Iterator[Row]:
+    """The rows of every variant of a problem; one that fails, is missing or is wrong says so in its row.
+
+    untimed: variants that are no rivals, only what the others are held to.
+    """
     right = None
     for name, variant in problem.variants.items():
         try:
@@ -118,7 +128,8 @@ def problem_rows(problem: Problem, repeats: int) -> Iterator[Row]:
             del found
             gc.collect()
             torch.cuda.empty_cache()
-            yield from _timed(problem, name, variant, repeats)
+            if name not in untimed:
+                yield from _timed(problem, name, variant, repeats)
         except Exception as failure:  # whatever a rival raises is its row
             error = f"{type(failure).__name__}: {failure}"[:300]
             yield Row(problem.op, problem.case, name, "both", error=error)

@@ -113,10 +113,33 @@ def plot_numerics(run: dict, path: Path) -> None:
     _save(figure, run, path)
 
 
+def plot_step(run: dict, path: Path) -> None:
+    """Milliseconds and peak memory of a training step, every implementation that fits, a group for each case."""
+    rows = [row for row in run["rows"] if row["op"] == "step" and row["ms_median"] is not None]
+    names = ordered(row["implementation"] for row in rows)
+    cases = list(dict.fromkeys((row["case"]["batch"], row["case"]["seqlen"]) for row in rows))
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for panel, key, what in zip(panels, ("ms_median", "peak_gib"), ("milliseconds", "peak GiB"), strict=True):
+        for index, name in enumerate(names):
+            own = {
+                (row["case"]["batch"], row["case"]["seqlen"]): row[key] for row in rows if row["implementation"] == name
+            }
+            places = [cases.index(case) + index / (len(names) + 1) for case in own]
+            bars = panel.bar(places, own.values(), 1 / (len(names) + 1), label=name)
+            panel.bar_label(bars, fmt="%.0f", fontsize="small")
+        middle = (len(names) - 1) / (len(names) + 1) / 2
+        panel.set_xticks([place + middle for place in range(len(cases))], [f"{b} x {s}" for b, s in cases])
+        panel.set_xlabel("sequences x tokens")
+        panel.set_ylabel(what)
+    panels[0].legend(fontsize="small")
+    figure.suptitle(f"{run['device']}, bf16, forward and backward of {rows[0]['case']['layers']} layers and the loss")
+    _save(figure, run, path)
+
+
 def _save(figure: pyplot.Figure, run: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={SOURCE: source(run)})
     pyplot.close(figure)
 
 
-PLOTS = {"attention": plot_attention, "moe": plot_moe, "numerics": plot_numerics}
+PLOTS = {"attention": plot_attention, "moe": plot_moe, "numerics": plot_numerics, "step": plot_step}

@@ -18,6 +18,7 @@ from tilestack.kernels import adamw, linear_cross_entropy, qk_norm_rope, rms_nor
 TOKENS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 16384, 2048, 6144, 32, 4, 128, 151936
 EXPERT_PARAMETERS = (32, 1536, 2048)  # of gate_up, a quarter of a layer's experts
 EPS = 1e-6
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # the CPU for tests of the problems themselves
 STEP = {"step": 7, "lr": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 Tensors = dict[str, torch.Tensor]
@@ -43,7 +44,7 @@ class Problem:
 
 
 def _random(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
-    return torch.randn(shape, device="cuda", dtype=torch.float32).mul_(scale).to(dtype)
+    return torch.randn(shape, device=DEVICE, dtype=torch.float32).mul_(scale).to(dtype)
 
 
 def _compiled(function: Variant) -> Variant:
@@ -106,7 +107,7 @@ def _qk_norm_rope_liger(t: Tensors) -> tuple[torch.Tensor, ...]:
 
 
 def _make_qk(tokens: int) -> Tensors:
-    angles = torch.arange(tokens, device="cuda")[:, None] * torch.rand(HEAD_DIM // 2, device="cuda")[None, :]
+    angles = torch.arange(tokens, device=DEVICE)[:, None] * torch.rand(HEAD_DIM // 2, device=DEVICE)[None, :]
     angles = torch.cat((angles, angles), -1)[None]
     return {
         "q": _random(1, tokens, HEADS, HEAD_DIM), "k": _random(1, tokens, KV_HEADS, HEAD_DIM),
@@ -187,7 +188,7 @@ def _adamw_ours(t: Tensors) -> tuple[torch.Tensor, ...]:
 
 def _adamw_torch_fused(t: Tensors) -> tuple[torch.Tensor, ...]:
     """torch.optim.AdamW(fused=True) on the master, with the casts that it needs around it."""
-    step = torch.full((), float(STEP["step"]), device="cuda")
+    step = torch.full((), float(STEP["step"]), device=DEVICE)
     torch._fused_adamw_(
         [t["master"]], [t["grad"].float()], [t["exp_avg"]], [t["exp_avg_sq"]], [], [step],
         lr=STEP["lr"], beta1=STEP["beta1"], beta2=STEP["beta2"], weight_decay=STEP["weight_decay"], eps=STEP["eps"],
@@ -216,7 +217,7 @@ def adamw_problem() -> Problem:
 
 
 def _make_head(tokens: int) -> Tensors:
-    labels = torch.randint(VOCABULARY, (tokens,), device="cuda")
+    labels = torch.randint(VOCABULARY, (tokens,), device=DEVICE)
     labels[::10] = -100
     return {
         "hidden": _random(tokens, HIDDEN), "weight": _random(VOCABULARY, HIDDEN, scale=0.02), "labels": labels,

@@ -23,6 +23,7 @@ import transformers
 from tilestack.bench.isolated import one_after_another
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings, measure
+from tilestack.distributed.graphs import Recorded
 from tilestack.kernels import adamw
 from tilestack.models.flops import training_flops_per_token
 
@@ -93,11 +94,14 @@ def with_tilestack(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
     return Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
 
 
+GRAPH = "tilestack-graph"  # the same, forward and backward recorded as one CUDA graph, as the local engine replays them
+
 IMPLEMENTATIONS: dict[str, Callable[[transformers.Qwen3MoeConfig], torch.nn.Module]] = {
     "transformers": plain_transformers,
     "transformers-compile": compiled_transformers,
     "liger": transformers_with_liger,
     "tilestack": with_tilestack,
+    GRAPH: with_tilestack,
 }
 MAIN = ("transformers", "tilestack")  # whose losses and longest sequences are compared
 
@@ -127,11 +131,22 @@ def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
 
+def _recorded_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
+    """Replays the step; each replay writes the gradients anew."""
+    for _ in range(2):  # compiles
+        _step(model, tokens)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    return Recorded(lambda: _step(model, tokens), torch.cuda.graph_pool_handle()).replay
+
+
 def time_step(name: str, case: StepCase, repeats: int) -> list[Row]:
     """Median time of forward, loss and backward."""
     model = build(name, case)
     tokens = zipf_tokens(case.batch, case.seqlen, model.config.vocab_size, seed=1)
-    timing = measure(lambda: _step(model, tokens), repeats)
+    call = _recorded_step(model, tokens) if name == GRAPH else lambda: _step(model, tokens)
+    timing = measure(call, repeats)
     n_tokens = case.batch * case.seqlen
     flops = training_flops_per_token(model.config, case.seqlen) * n_tokens
     row = Row(

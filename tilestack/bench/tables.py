@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from tilestack.bench.kernel_tables import attention_block, moe_block
+from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
 from tilestack.bench.results import FOLDER, ROOT, read
 
 FIGURES = ROOT / "docs" / "figures"
@@ -66,7 +66,7 @@ def step_table() -> str:
     """Training step: tilestack beside its rivals, a block for each machine."""
     blocks = []
     for run in _runs("step"):
-        timed = [row for row in run["rows"] if row["ms_median"] or (row["error"] and not row["losses"])]
+        timed = [row for row in run["rows"] if row["op"] == "step" and not row["losses"]]
         lines = [
             f"{run['device']}, torch {run['versions']['torch']}, triton {run['versions']['triton']}, transformers "
             f"{run['versions']['transformers']}, {run['date'][:10]}; this device's ceilings in the same run: "
@@ -75,23 +75,75 @@ def step_table() -> str:
             "",
             "| case | implementation | ms | tokens/s | TFLOP/s | peak GiB | times transformers |",
             "|---|---|---|---|---|---|---|",
-            *[_step_line(row, timed) for row in timed],
+            *[_step_line(row, timed) for row in sorted(timed, key=_by_case(timed))],
+            *_longest_lines([row for row in run["rows"] if row["op"] == "longest_sequence"]),
+            *_optimizer_lines([row for row in run["rows"] if row["op"] == "optimizer"], run["ceilings"]),
         ]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def _by_case(rows: list[dict]) -> Callable[[dict], int]:
+    """Sorts rows by where their case comes first; the order of the implementations stays."""
+    order = []
+    for row in rows:
+        if row["case"] not in order:
+            order.append(row["case"])
+    return lambda row: order.index(row["case"])
 
 
 def _step_line(row: dict, rows: list[dict]) -> str:
     case = row["case"]
     what = f"{case['layers']} layers, {case['batch']} x {case['seqlen']}"
     if row["error"]:
-        return f"| {what} | {row['implementation']} | {row['error'][:80]} | | | | |"
+        reason = " ".join(row["error"].split()).replace("|", "/")[:80]
+        return f"| {what} | {row['implementation']} | {reason} | | | | |"
     rivals = [each for each in rows if each["case"] == case and each["implementation"] == "transformers"]
     ratio = f"{rivals[0]['ms_median'] / row['ms_median']:.2f}" if rivals and rivals[0]["ms_median"] else ""
     return (
         f"| {what} | {row['implementation']} | {row['ms_median']:.1f} | {row['tokens_per_s']:,.0f} | "
         f"{row['tflops']:.0f} | {row['peak_gib']:.1f} | {ratio} |"
     )
+
+
+def _longest_lines(rows: list[dict]) -> list[str]:
+    """The longest sequence that trains on one GPU."""
+    if not rows:
+        return []
+    lines = [
+        "",
+        "Longest sequence (batch 1) whose step fits on the GPU, in multiples of 4,096 tokens:",
+        "",
+        "| layers | checkpointing | implementation | tokens | peak GiB | times transformers |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in sorted(rows, key=lambda row: row["case"]["checkpointing"]):
+        case = row["case"]
+        how = f"| {case['layers']} | {'yes' if case['checkpointing'] else 'no'} | {row['implementation']}"
+        if row["error"]:
+            lines.append(f"{how} | {' '.join(row['error'].split())[:80]} | | |")
+            continue
+        plain = [
+            each["case"]["seqlen"]
+            for each in rows
+            if each["implementation"] == "transformers"
+            and not each["error"]
+            and each["case"]["checkpointing"] == case["checkpointing"]
+        ]
+        ratio = f"{case['seqlen'] / plain[0]:.1f}" if plain else ""
+        lines.append(f"{how} | {case['seqlen']:,} | {row['peak_gib']:.1f} | {ratio} |")
+    return lines
+
+
+def _optimizer_lines(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
+    """The optimizer's step over the bytes that it has to move."""
+    return [
+        f"\nThe optimizer's step (AdamW, {row['case']['parameters'] / 1e9:.2f} billion parameters, 28 bytes each): "
+        f"{row['ms_median']:.2f} ms, {row['gbps']:.0f} GB/s, {ceilings['copy_gbps'] / row['gbps']:.2f} times what "
+        f"those bytes take at the copy's rate."
+        for row in rows
+        if not row["error"]
+    ]
 
 
 def losses_table() -> str:
@@ -110,25 +162,16 @@ def losses_table() -> str:
 
 
 def ops_table() -> str:
-    """Every op at the model's shapes: each implementation's median time."""
+    """Every op at the model's shapes: each implementation's median time, and rates where a floor is stated."""
     blocks = []
     for run in _runs("ops"):
-        lines = [
-            f"{run['device']}, {run['date'][:10]}, bf16, median ms of forward / forward and backward.",
-            "",
-            "| op | case | implementation | forward ms | forward and backward ms |",
-            "|---|---|---|---|---|",
-        ]
-        found: dict[tuple, dict[str, str]] = {}
-        for row in run["rows"]:
-            key = (row["op"], row["case"]["case"], row["implementation"])
-            if row["error"] and "which is not installed" in row["error"]:
-                continue
-            shown = row["error"].split("cannot take this call: ")[-1] if row["error"] else f"{row['ms_median']:.3f}"
-            found.setdefault(key, {})[row["direction"]] = shown
-        lines += [
-            f"| {' | '.join(key)} | {cell.get('forward', '')} | {cell.get('both', '')} |" for key, cell in found.items()
-        ]
+        rows = [row for row in run["rows"] if not (row["error"] and "which is not installed" in row["error"])]
+        with_floor = {row["op"] + row["case"]["case"] for row in rows if row["gbps"] or row["tflops"]}
+        rated = [row for row in rows if row["op"] + row["case"]["case"] in with_floor]
+        lines = [f"{run['device']}, {run['date'][:10]}, bf16, median ms of forward / forward and backward.", ""]
+        lines += _plain_ops([row for row in rows if row not in rated])
+        if rated:
+            lines += ["", *_rated_ops(rated, run["ceilings"])]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks) or "Not measured yet.\n"
 
@@ -190,6 +233,58 @@ def trace_table() -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
+def _by_call(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    found: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        found.setdefault((row["op"], row["case"]["case"], row["implementation"]), {})[row["direction"]] = row
+    return found
+
+
+def _plain_ops(rows: list[dict]) -> list[str]:
+    def shown(row: dict | None) -> str:
+        if row is None:
+            return ""
+        return row["error"].split("cannot take this call: ")[-1] if row["error"] else f"{row['ms_median']:.3f}"
+
+    return [
+        "| op | case | implementation | forward ms | forward and backward ms |",
+        "|---|---|---|---|---|",
+        *[
+            f"| {' | '.join(key)} | {shown(cell.get('forward'))} | {shown(cell.get('both'))} |"
+            for key, cell in _by_call(rows).items()
+        ],
+    ]
+
+
+def _rated_ops(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
+    """Times and rates beside the rivals: GB/s of the bytes that the op at least moves, or TFLOP/s of its products."""
+
+    def shown(row: dict | None) -> str:
+        if row is None:
+            return " | "
+        if row["error"]:
+            return " ".join(row["error"].split()).replace("|", "/")[:80] + " | "
+        rate = (
+            f"{row['gbps']:.0f} GB/s ({row['gbps'] / ceilings['copy_gbps']:.0%})"
+            if row["gbps"]
+            else f"{row['tflops']:.0f} TFLOP/s ({row['tflops'] / ceilings['matmul_tflops']:.0%})"
+        )
+        return f"{row['ms_median']:.3f} | {rate}"
+
+    lines = [
+        f"Rates count what the op at least moves or computes; in brackets, their share of this device's copy "
+        f"({ceilings['copy_gbps']:.0f} GB/s) or bf16 product ({ceilings['matmul_tflops']:.0f} TFLOP/s).",
+        "",
+        "| op | case | implementation | forward ms | rate | forward and backward ms | rate | GiB above inputs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for key, cell in _by_call(rows).items():
+        last = cell.get("both") or cell["forward"]
+        peak = "" if last["peak_gib"] is None else f"{last['peak_gib']:.2f}"
+        lines.append(f"| {' | '.join(key)} | {shown(cell.get('forward'))} | {shown(cell.get('both'))} | {peak} |")
+    return lines
+
+
 def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
     """For the README of an op, three folders down: a picture and tables for each machine."""
     blocks = [
@@ -199,6 +294,11 @@ def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
+def kvcache_table() -> str:
+    """A decoding step over a cache, a table for each machine."""
+    return "\n".join(kvcache_block(run) for run in _runs("kvcache")) or "Not measured yet.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -206,5 +306,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "numerics": numerics_table,
     "trace": trace_table,
     "attention": lambda: _of_kernel("attention", attention_block),
+    "kvcache": kvcache_table,
     "moe": lambda: _of_kernel("moe", moe_block),
 }

@@ -14,8 +14,9 @@ from tilestack.app.config import Config, DataConfig, ModelConfig, OutputConfig, 
 from tilestack.app.data.documents import open_source
 from tilestack.app.data.tokenizer import train_bpe
 from tilestack.app.files import write_text
-from tilestack.app.trace.command import RIVAL, trace, without_timelines
+from tilestack.app.trace.command import without_timelines
 from tilestack.app.trace.page import page
+from tilestack.app.trace.session import RIVAL, trace
 from tilestack.app.trace.terminal import show
 from tilestack.bench.results import FOLDER, commit, short_device, versions
 from tilestack.distributed import start

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -99,38 +100,28 @@ def relocated(source: str, path: str) -> str:
     depth = path.count("/")
     levels = depth if path.endswith("__init__.py") else depth + 1  # from the module's own name up to the package
     package = f'__name__.rsplit(".", {levels})[0]'
-    edits = {}  # by place: Python 3.11 says of the parts of an f-string that they lie where all of it does
-    for node in ast.walk(ast.parse(source)):
-        text = ast.get_source_segment(source, node) if hasattr(node, "lineno") else None
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "tilestack":
-            inner = node.module.partition(".")[2]
-            edits[_span(node)] = text.replace(node.module, "." * (depth + 1) + inner, 1)
-        elif isinstance(node, ast.Import) and any(each.name.split(".")[0] == "tilestack" for each in node.names):
-            raise ValueError(f"hub_kernel: {path} says `{text}`; only `from tilestack... import` can be made relative")
-        elif isinstance(node, (ast.Constant, ast.JoinedStr)) and text and (match := _MODULE.fullmatch(text)):
-            formatted = "f" if text.startswith("f") else ""
-            edits[_span(node)] = f'{package} + {formatted}"{match[1]}"'
-        elif isinstance(node, ast.Assign) and text == 'NAMESPACE = "tilestack"':
-            edits[_span(node)] = f'NAMESPACE = {package}.replace(".", "_")'
-    return _edited(source, edits)
-
-
-def _span(node: ast.AST) -> tuple[int, int, int, int]:
-    return node.lineno, node.col_offset, node.end_lineno, node.end_col_offset
-
-
-def _edited(source: str, edits: dict[tuple[int, int, int, int], str]) -> str:
-    """The source with other text in places (line, column, end line, end column; columns count bytes)."""
     lines = source.splitlines(keepends=True)
-    starts = [0]
-    for line in lines:
-        starts.append(starts[-1] + len(line))
+    starts = [0, *itertools.accumulate(map(len, lines))]
 
-    def place(line: int, column: int) -> int:
+    def place(line: int, column: int) -> int:  # columns count bytes
         return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
 
-    for (line, column, end_line, end_column), text in sorted(edits.items(), reverse=True):
-        source = source[: place(line, column)] + text + source[place(end_line, end_column) :]
+    edits = {}  # by place: Python 3.11 says of the parts of an f-string that they lie where all of it does
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Constant, ast.JoinedStr, ast.Assign)):
+            continue
+        span = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+        text = source[slice(*span)]
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module.split(".")[0] == "tilestack":
+            edits[span] = text.replace(node.module, "." * (depth + 1) + node.module.partition(".")[2], 1)
+        elif isinstance(node, ast.Import) and any(each.name.split(".")[0] == "tilestack" for each in node.names):
+            raise ValueError(f"hub_kernel: {path} says `{text}`; only `from tilestack... import` can be made relative")
+        elif isinstance(node, (ast.Constant, ast.JoinedStr)) and (match := _MODULE.fullmatch(text)):
+            edits[span] = f'{package} + {"f" if text.startswith("f") else ""}"{match[1]}"'
+        elif isinstance(node, ast.Assign) and text == 'NAMESPACE = "tilestack"':
+            edits[span] = f'NAMESPACE = {package}.replace(".", "_")'
+    for (begin, end), text in sorted(edits.items(), reverse=True):
+        source = source[:begin] + text + source[end:]
     return source
 
 

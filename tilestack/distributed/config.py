@@ -57,6 +57,8 @@ class DistributedConfig:
     expert_parallel: so many ranks, neighbours, share the experts of each layer, and tokens travel between them; 1 keeps
         all experts on every rank. Divides the number of ranks and of experts; with ZeRO 1 or 2.
     expert_chunks: with expert_parallel, tokens travel in so many parts, each while the experts work on the one before.
+    cuda_graphs: of the local engine on a GPU: "auto" replays recorded steps where the host would keep the GPU waiting,
+        "off" never does. The numbers are the same.
     """
 
     engine: Literal["auto", "local", "deepspeed"] = "auto"
@@ -64,10 +66,13 @@ class DistributedConfig:
     deepspeed_config: str | None = None
     expert_parallel: int = 1
     expert_chunks: int = 2
+    cuda_graphs: Literal["auto", "off"] = "auto"
 
     def __post_init__(self):
         if self.engine not in ("auto", "local", "deepspeed"):
             raise ValueError(f"distributed.engine must be 'auto', 'local' or 'deepspeed', got {self.engine!r}")
+        if self.cuda_graphs not in ("auto", "off"):
+            raise ValueError(f"distributed.cuda_graphs must be 'auto' or 'off', got {self.cuda_graphs!r}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise ValueError(f"distributed.zero must be 0, 1, 2 or 3, got {self.zero!r}")
         for name in ("expert_parallel", "expert_chunks"):

@@ -102,7 +102,7 @@ def make_engine(
         from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, optimizer, distributed, accumulation, world)
-    return LocalEngine(model, optimizer, accumulation, world)
+    return LocalEngine(model, optimizer, accumulation, world, record_graphs=distributed.cuda_graphs == "auto")
 
 
 def check_deepspeed(device: torch.device) -> None:

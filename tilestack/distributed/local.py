@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +13,13 @@ import torch
 from tilestack.distributed.checkpoint import WEIGHT, Piece, read_pieces, read_state, write_pieces, write_state
 from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
+from tilestack.distributed.graphs import HOST_BOUND, StepGraphs
 from tilestack.distributed.objective import StepSums, evaluation_sums
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
+
+MEASURED_STEP = 3  # the first two compile kernels
 
 
 @dataclass
@@ -41,15 +46,27 @@ class LocalEngine:
 
     With bfloat16 weights, master weights and moments are float32: 16 bytes a parameter with its gradient, 18 with
     accumulation, where gradients are summed in float32. With float32 weights there is no master: 16 bytes.
+
+    record_graphs: on a GPU, find out in the third step whether the host keeps it waiting, and if so replay recorded
+        steps from then on (graphs.py). Gradients then have memory of their own.
     """
 
-    def __init__(self, model: torch.nn.Module, optimizer: OptimizerConfig, accumulation: int, world: World):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        optimizer: OptimizerConfig,
+        accumulation: int,
+        world: World,
+        record_graphs: bool = False,
+    ):
         self.rank, self.world_size, self.device = 0, 1, world.device
         self.model = model.to(self.device).train()
         self.optimizer = optimizer
         self.accumulation = accumulation
         self.updates = 0
         self.slots = {name: self._slot(p) for name, p in model.named_parameters() if p.requires_grad}
+        self.graphs: StepGraphs | None = None
+        self._steps_until_measured = MEASURED_STEP if record_graphs and self.device.type == "cuda" else 0
 
     def _slot(self, parameter: torch.nn.Parameter) -> _Slot:
         def zeros() -> torch.Tensor:
@@ -71,6 +88,35 @@ class LocalEngine:
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         if len(micro_batches) != self.accumulation:
             raise ValueError(f"train_step needs {self.accumulation} micro-batches, got {len(micro_batches)}")
+        if self.graphs is not None:
+            return self._replayed_step(micro_batches, lr)
+        self._steps_until_measured -= 1
+        if self._steps_until_measured == 0:
+            return self._measured_step(micro_batches, lr)
+        return self._eager_step(micro_batches, lr)
+
+    def _measured_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        """An eager step that finds out whether the GPU waits for the host; waits for the GPU once."""
+        torch.cuda.synchronize(self.device)
+        started = time.perf_counter()
+        result = self._eager_step(micro_batches, lr)
+        host = time.perf_counter() - started
+        torch.cuda.synchronize(self.device)
+        if host > HOST_BOUND * (time.perf_counter() - started):
+            self.graphs = StepGraphs(self)
+        return result
+
+    def _replayed_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
+        updates = self.updates
+        try:
+            return self.graphs.train_step(micro_batches, lr)
+        except RuntimeError as failure:  # nothing was updated: recording computes nothing
+            warnings.warn(f"training goes on without CUDA graphs: {failure}", stacklevel=2)
+            self.graphs.release()
+            self.graphs, self.updates = None, updates
+            return self._eager_step(micro_batches, lr)
+
+    def _eager_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         sums = StepSums(self.model, self.accumulation, self.device)
         for batch in micro_batches:
             with stage("forward"):
@@ -78,23 +124,32 @@ class LocalEngine:
             with stage("backward"):
                 share.backward()
         with stage("gradient norm"):
-            grad_norm = self._grad_norm()
+            grad_norm = self.grad_norm()
         with stage("optimizer"):
-            self._update(lr, grad_norm)
+            self.updates += 1
+            self.update(lr, grad_norm)
+        for slot in self.slots.values():
+            slot.parameter.grad = None
+            if slot.grad is not None:
+                slot.grad.zero_()
         return sums.result(grad_norm)
 
     @torch.no_grad()
-    def _grad_norm(self) -> torch.Tensor:
+    def grad_norm(self) -> torch.Tensor:
+        """The global 2-norm of the gradients, on the device."""
         gradients = [slot.gradient() for slot in self.slots.values() if slot.gradient() is not None]
         return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
 
     @torch.no_grad()
-    def _update(self, lr: float, grad_norm: torch.Tensor) -> None:
+    def update(self, lr: float, grad_norm: torch.Tensor, scalars: dict[float, torch.Tensor] | None = None) -> None:
+        """AdamW on every parameter that has a gradient.
+
+        scalars: for each weight decay, what takes the place of learning rate and step (`kernels.adamw`).
+        """
         limit = self.optimizer.max_grad_norm
         scale = torch.clamp(limit / (grad_norm + 1e-6), max=1.0) if limit else torch.ones_like(grad_norm)
         # decided on the device: adamw leaves everything as it is where the scale is NaN
         scale = torch.where(torch.isfinite(grad_norm), scale, torch.nan)
-        self.updates += 1
         for slot in self.slots.values():
             if slot.gradient() is None:
                 continue
@@ -111,10 +166,8 @@ class LocalEngine:
                 eps=self.optimizer.eps,
                 weight_decay=slot.weight_decay,
                 grad_scale=scale,
+                scalars=None if scalars is None else scalars[slot.weight_decay],
             )
-            slot.parameter.grad = None
-            if slot.grad is not None:
-                slot.grad.zero_()
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
         total, labels = evaluation_sums(self.model, list(batches), self.device).tolist()

@@ -54,7 +54,8 @@ class StepSums:
     def result(self, grad_norm: torch.Tensor) -> StepResult:
         """The step's result, from sums that were added up over the ranks."""
         load = self.sums[2:] / self.sums[2:].sum() if self.routed else None
-        return StepResult(self.sums[0], self.sums[1], grad_norm, load)
+        loss, aux_loss = self.sums[:2].clone()  # replayed steps use the sums again
+        return StepResult(loss, aux_loss, grad_norm, load)
 
 
 def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, torch.Tensor]:

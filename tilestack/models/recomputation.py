@@ -26,7 +26,7 @@ def recompute_activations(model: PreTrainedModel, mode: Recomputation, *, offloa
         square of the length, and the rest of a layer is cheap.
     offload: the inputs of the layers lie in page-locked memory of the host meanwhile; needs a mode that recomputes.
 
-    Gradients are those without recomputation, bit for bit.
+    Gradients are those without recomputation, but for the last addition of a layer, which is not left to the next norm.
     Raises ValueError for another mode, or for offload without recomputation.
     """
     if mode not in get_args(Recomputation):

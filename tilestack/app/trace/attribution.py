@@ -176,8 +176,10 @@ def place(around: Surroundings | None, owner: str) -> Place:
     """The place of something that ran inside `around` (None: nothing is known) and was written by `owner`."""
     if owner == NCCL or (around and any(name.startswith(("c10d::", "gloo:", "nccl:")) for name in around.operators)):
         return Place(DISTRIBUTED, COMMUNICATION, "collectives", "", NEITHER)
-    if around is None or not around.in_step:
+    if around is None:
         return Place(OTHER, UNKNOWN, "launched by nothing that the profile shows", "", NEITHER)
+    if not around.in_step:
+        return Place(OTHER, UNKNOWN, "on a thread of its own, outside of the step's ranges", "", NEITHER)
     if around.in_data:
         return Place(APPLICATION, DATA_PART, "next batch", "", NEITHER)
     if around.op is not None:

@@ -1,41 +1,24 @@
-"""The command line of `tilestack trace`, and what it does: record, work out, show, write."""
+"""The command line of `tilestack trace`."""
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import json
+import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from tilestack.app.ceilings import ceilings
 from tilestack.app.config import Config, check
-from tilestack.app.data.documents import open_source
-from tilestack.app.data.packing import PackedLoader, StepBatch
-from tilestack.app.data.tokenizer import open_tokenizer
-from tilestack.app.errors import UserError, out_of_memory
-from tilestack.app.explain import facts
+from tilestack.app.errors import UserError
 from tilestack.app.files import write_text
-from tilestack.app.hardware import describe
-from tilestack.app.model import build, check_checkpoint, model_config, parameters
-from tilestack.app.parse import take_option, to_plain
-from tilestack.app.schedule import learning_rate
+from tilestack.app.model import check_checkpoint
+from tilestack.app.parse import take_option
 from tilestack.app.start import configure
 from tilestack.app.trace.page import page
-from tilestack.app.trace.recording import DATA, Recording, record
-from tilestack.app.trace.rival import as_transformers_likes_it, build_plain, sums_of_weights
-from tilestack.app.trace.summary import Step, summarise
+from tilestack.app.trace.session import RIVAL, trace
 from tilestack.app.trace.terminal import Progress, show
-from tilestack.distributed import Engine, World, make_engine, start
-from tilestack.distributed.local import LocalEngine
-from tilestack.models.flops import training_flops_per_token
+from tilestack.distributed import start
 
 USAGE = """usage: tilestack trace [--config FILE] [--compare transformers] [--steps N] [--GROUP.KEY VALUE ...]
 
@@ -60,8 +43,6 @@ examples:
 How to read it: shares are of the time in which the device works, so they add up to 100%; what the profile cannot place
 is in a box of its own. "of ceiling" is the least time that the arithmetic or the traffic of an op allows on this
 device, over the time that it took. The profiler slows the host: the time of a step without it stands beside."""
-RIVAL = "transformers"
-FORMAT = 1
 
 
 def main(argv: list[str]) -> int:
@@ -105,142 +86,13 @@ def _count(argv: list[str], name: str, default: int) -> tuple[int, list[str]]:
 
 
 def _folder(config: Config, out: str | None) -> Path:
-    if out is not None:
-        return Path(out)
-    return Path(config.output.folder) / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.output.name}-trace"
-
-
-def trace(
-    config: Config, world: World, compare: str | None, warmup: int, steps: int, progress: Callable[[str], None]
-) -> dict[str, Any]:
-    """All that trace.json holds, and the timelines. Every rank calls it; rank 0's is what is reported."""
-    progress("reading the text")
-    source = open_source(config.data)
-    tokenizer = open_tokenizer(config.data, config.model.path, source)
-    dtype = getattr(torch, config.model.dtype)
-    progress("measuring what the device reaches")
-    limits = ceilings(world.device, torch.bfloat16 if world.device.type == "cuda" else dtype)
-    shape = model_config(config, tokenizer)
-
-    def batches() -> Iterator[StepBatch]:
-        return iter(
-            PackedLoader(
-                source,
-                tokenizer,
-                config.data,
-                world.rank,
-                world.world_size,
-                config.train.micro_batches,
-                config.train.seed,
-            )
-        )
-
-    runs = []
-    weights = []
-    for name in ["tilestack", *([compare] if compare else [])]:
-        progress(f"{name}: building the model")
-        try:
-            runs.append(_run(name, config, world, tokenizer, batches(), warmup, steps, limits, weights, progress))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            needed = out_of_memory(error)
-            if needed is None or name != RIVAL:
-                raise
-            runs.append({"name": name, "error": needed.splitlines()[0]})
-        gc.collect()
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
-    return {
-        "format": FORMAT,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": {"name": describe(world.device), "type": world.device.type, "processes": world.world_size},
-        "ceilings": limits | {"dtype": "bfloat16" if world.device.type == "cuda" else config.model.dtype},
-        "facts": facts(config, shape),
-        "configuration": to_plain(config),
-        "runs": runs,
-    }
-
-
-def _run(
-    name: str,
-    config: Config,
-    world: World,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Iterator[StepBatch],
-    warmup: int,
-    steps: int,
-    limits: dict[str, float],
-    weights: list[torch.Tensor],
-    progress: Callable[[str], None],
-) -> dict[str, Any]:
-    """Train a few steps with one model and work out its figures.
-
-    weights: the sums of the weights of the runs before, to which those of this one are added.
-    """
-    engine = _engine(name, config, world, tokenizer)
-    weights.append(sums_of_weights(engine.model))
-    if not torch.equal(weights[0], weights[-1]):
-        raise AssertionError(f"{name} does not start from the same weights as tilestack")
-    seen: list[StepBatch] = []
-
-    def step() -> torch.Tensor:
-        with torch.profiler.record_function(DATA):
-            batch = next(batches)
-            micro = batch.micro_batches
-            if name == RIVAL:
-                micro = [as_transformers_likes_it(each) for each in micro]
-        seen.append(batch)
-        lr = learning_rate(config.schedule, config.optimizer.lr, len(seen) - 1, config.train.steps)
-        return engine.train_step(micro, lr).loss
-
-    recording = record(
-        step, engine.model, engine.device, warmup, steps, traced=world.rank == 0,
-        progress=lambda text: progress(f"{name}: {text}"),
-    )  # fmt: skip
-    if world.rank != 0:
-        return {"name": name}
-    progress(f"{name}: working out who took the time")
-    return {"name": name, "parameters": parameters(engine.model)} | _figures(recording, seen[-steps:], engine, limits)
-
-
-def _engine(name: str, config: Config, world: World, tokenizer: PreTrainedTokenizerBase) -> Engine:
-    # a new model is drawn on the device itself, which is quick; its weights are not those that a training would draw
-    drawn = world.device if config.model.path is None else contextlib.nullcontext()
-    accumulation = config.train.micro_batches // world.world_size
-    if name == RIVAL:
-        with drawn:
-            model = build_plain(config, tokenizer)
-        return LocalEngine(model, config.optimizer, accumulation, world)
-    with drawn:
-        model = build(config, tokenizer)
-    return make_engine(
-        model,
-        config.optimizer,
-        config.distributed,
-        accumulation=accumulation,
-        activation_checkpointing=config.model.activation_checkpointing,
-        activation_offload=config.model.activation_offload,
-    )
-
-
-def _figures(
-    recording: Recording, batches: list[StepBatch], engine: Engine, limits: dict[str, float]
-) -> dict[str, Any]:
-    """The run's figures; batches: those of the steps that are reported."""
-    first = batches[0]
-    tokens = first.tokens // engine.world_size
-    length = sum(each.mean_length for each in batches) / len(batches)
-    micro_batches = engine.world_size * len(first.micro_batches)
-    pairs = sum(each.attended for each in batches) / len(batches) / micro_batches / 2
-    flops = tokens * training_flops_per_token(engine.model.config, length)
-    found = summarise(recording.trace, engine.device.type == "cuda", Step(tokens, flops, pairs), limits)
-    return {
-        "step_ms": recording.step_ms,
-        "tokens_per_s": tokens / recording.step_ms * 1e3,
-        "tflops": flops / recording.step_ms / 1e9,
-        "of_ceiling": flops / recording.step_ms / 1e9 / limits["matmul_tflops"],
-        "peak_gib": recording.peak_gib,
-        "losses": recording.losses,
-    } | found
+    """Where the files go. Raises UserError now if nothing can be written there, and not when the steps have run."""
+    made = Path(config.output.folder) / f"{time.strftime('%Y%m%d-%H%M%S')}-{config.output.name}-trace"
+    folder = made if out is None else Path(out)
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"{'output.folder' if out is None else '--out'}: {folder} cannot be made, see {there}")
+    return folder
 
 
 def without_timelines(found: dict[str, Any]) -> dict[str, Any]:
@@ -250,10 +102,7 @@ def without_timelines(found: dict[str, Any]) -> dict[str, Any]:
 
 def write(found: dict[str, Any], folder: Path) -> list[Path]:
     """Write trace.html and trace.json (without the timelines) into `folder`; returns their paths."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "trace.html", page(found))
     write_text(folder / "trace.json", json.dumps(without_timelines(found), indent=1) + "\n")
     return [folder / "trace.html", folder / "trace.json"]

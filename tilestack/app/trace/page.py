@@ -7,6 +7,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
+from tilestack.app.html import card, document
 from tilestack.app.trace.attribution import LAYERS, OTHER
 from tilestack.app.trace.words import (
     compared,
@@ -31,12 +32,7 @@ def page(found: dict[str, Any]) -> str:
     runs = [run for run in found["runs"] if "error" not in run]
     device = found["device"]
     longest = max((run["timeline"]["view"][1] - run["timeline"]["view"][0] for run in runs), default=0)
-    title = f"tilestack trace, {device['name']}"
     parts = [
-        "<!doctype html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{_own('page.css')}</style></head><body><main>",
         _head(found),
         _comparison(runs) if len(runs) == 2 else "",
         f'<div class="runs{" two" if len(found["runs"]) == 2 else ""}">',
@@ -48,13 +44,9 @@ def page(found: dict[str, Any]) -> str:
         "<noscript><p>The timeline is drawn by the script in this page; all else is readable without.</p></noscript>",
         *(_timeline(run, number, device["type"], longest) for number, run in enumerate(runs)),
         _how(found),
-        f"</main><script>{_own('page.js')}</script></body></html>",
     ]
-    return "\n".join(parts) + "\n"
-
-
-def _own(name: str) -> str:
-    return files("tilestack.app.trace").joinpath(name).read_text(encoding="utf-8")
+    script = files("tilestack.app.trace").joinpath("timeline.js").read_text(encoding="utf-8")
+    return document(f"tilestack trace, {device['name']}", "\n".join(parts), script)
 
 
 def _head(found: dict[str, Any]) -> str:
@@ -77,11 +69,7 @@ def _run(run: dict[str, Any], found: dict[str, Any]) -> str:
             f"<p>{escape(run['error'])}</p></div></section>"
         )
     device = found["device"]["type"]
-    cards = "".join(
-        f'<div class="card"><span class="soft small">{escape(what)}</span><b>{escape(figure)}</b>'
-        f'<span class="soft small">{escape(remark)}</span></div>'
-        for what, figure, remark in headline(run)
-    )
+    cards = "".join(card(what, figure, remark) for what, figure, remark in headline(run))
     arrow = '<div class="arrow" aria-hidden="true">▼</div>'
     boxes, other = [], ""
     for layer in run["layers"]:
@@ -255,8 +243,9 @@ def _timeline(run: dict[str, Any], number: int, device: str, longest: float) -> 
     return (
         f'<div class="timeline"><div class="bar"><h3>{name}</h3>{buttons}<span class="soft small">'
         f"{milliseconds(longest / 1e3)} ms are shown{kept}</span></div>"
-        f'<canvas tabindex="0" role="img" aria-label="Timeline of one step of {name}: what ran on the device, and what '
-        f'the host did. The tables above have the figures." id="timeline-{number}"></canvas><div class="tip"></div>'
+        f'<canvas tabindex="0" role="application" id="timeline-{number}" aria-label="Timeline of one step of {name}: '
+        'what ran on the device, and what the host did. The tables above have the figures."></canvas>'
+        '<div class="tip"></div>'
         f'<p class="said" aria-live="polite"></p><script type="application/json">{text}</script></div>'
     )
 

@@ -81,7 +81,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
         console.print(_foot(run))
     if len(found["runs"]) == 2 and not any("error" in run for run in found["runs"]):
         console.print()
-        console.print(_comparison(found["runs"]))
+        console.print(_comparison(found["runs"], console.width))
     console.print()
 
 
@@ -186,19 +186,19 @@ def _foot(run: dict[str, Any]) -> Group:
     return Group(*(Text.from_markup(line) for line in lines))
 
 
-def _comparison(runs: list[dict[str, Any]]) -> Panel:
+def _comparison(runs: list[dict[str, Any]], width: int) -> Panel:
     ours, theirs = runs
     table = Table(box=None, padding=(0, 1), expand=True, header_style="dim")
-    table.add_column("part of a step", ratio=2)
+    table.add_column("part of a step", ratio=1, min_width=24, overflow="fold")
     for name in (f"{ours['name']} ms", f"{theirs['name']} ms", "times faster"):
         table.add_column(name, justify="right")
-    table.add_column("", width=24)
+    if width >= WIDE:
+        table.add_column("", width=24)
     for row in compared(runs):
         ratio = row["ratio"]
         shown = "" if ratio is None else f"{ratio:.2f}"
         bar = "" if ratio is None else "━" * max(1, min(24, round(ratio * 4)))
         colour = "green" if ratio is None or ratio >= 1 else "red"
-        table.add_row(
-            escape(row["part"]), milliseconds(row["ours"]), milliseconds(row["theirs"]), shown, f"[{colour}]{bar}[/]"
-        )
+        cells = [escape(row["part"]), milliseconds(row["ours"]), milliseconds(row["theirs"]), f"[{colour}]{shown}[/]"]
+        table.add_row(*cells, *([f"[{colour}]{bar}[/]"] if width >= WIDE else []))
     return Panel(table, title=f"{ours['name']} beside {theirs['name']}", title_align="left", box=box.ROUNDED)

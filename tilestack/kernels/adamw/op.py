@@ -31,14 +31,16 @@ class AdamWParams:
     eps: float
     weight_decay: float
 
-    def bias_corrections(self) -> tuple[float, float]:
-        """1 - beta1^step and 1 - beta2^step, in double precision on the host."""
-        return 1 - self.beta1**self.step, 1 - self.beta2**self.step
+    def scalars(self) -> tuple[float, float, float]:
+        """What step, lr and weight_decay come to, in double precision on the host: the factor of the weights, the size
+        of the step, and the root of the second moment's bias correction."""
+        correction1, correction2 = 1 - self.beta1**self.step, 1 - self.beta2**self.step
+        return 1 - self.lr * self.weight_decay, self.lr / correction1, correction2**0.5
 
 
 CONTRACT = InPlaceContract(
     "adamw",
-    ("param", "grad", "exp_avg", "exp_avg_sq", "master?", "grad_scale?"),
+    ("param", "grad", "exp_avg", "exp_avg_sq", "master?", "grad_scale?", "scalars?"),
     ("param", "exp_avg", "exp_avg_sq", "master"),
     AdamWParams,
 )
@@ -60,6 +62,7 @@ def adamw(
     eps: float,
     weight_decay: float,
     grad_scale: torch.Tensor | None = None,
+    scalars: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> None:
     """Update param, exp_avg, exp_avg_sq and master in place. The same input gives the same bits.
@@ -72,14 +75,20 @@ def adamw(
     grad_scale: one number on param's device, float32, that the gradient is multiplied by (clipping without a
         synchronisation); None is 1. The bits are those of a step with the product, rounded to float32. Where it is NaN,
         nothing is changed: so a step whose gradient is not finite is left out, and the host need not know.
+    scalars: [3] on param's device, of exp_avg's dtype: what `AdamWParams.scalars` makes of step, lr and weight_decay,
+        which are then not looked at. For a captured CUDA graph, whose numbers on the host are fixed.
     implementation: "tilestack-triton" or "reference"; None chooses.
 
     Raises ValueError for wrong shapes, dtypes, devices or numbers; then nothing was changed.
     """
     _check_tensors(param, grad, exp_avg, exp_avg_sq, master, grad_scale)
+    if scalars is not None:
+        checks.shape("adamw", "scalars", scalars, (3,), "[3]")
+        checks.dtype("adamw", "scalars", scalars, exp_avg.dtype)
+        checks.same_device("adamw", param=param, scalars=scalars)
     params = AdamWParams(step, lr, beta1, beta2, eps, weight_decay)
     _check_numbers(params)
-    OP((param, grad, exp_avg, exp_avg_sq, master, grad_scale), params, implementation)
+    OP((param, grad, exp_avg, exp_avg_sq, master, grad_scale, scalars), params, implementation)
 
 
 def _check_tensors(param, grad, exp_avg, exp_avg_sq, master, grad_scale) -> None:

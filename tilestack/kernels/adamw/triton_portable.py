@@ -28,7 +28,7 @@ def refuses(call: Call) -> str | None:
 
 @triton.jit
 def adamw_kernel(
-    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, grad_scale_ptr, n_elements,
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, master_ptr, grad_scale_ptr, scalars_ptr, n_elements,
     one_minus_beta1, beta2, one_minus_beta2, decay, step_size, correction2_sqrt, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offs = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -38,6 +38,8 @@ def adamw_kernel(
     exp_avg_sq = tl.load(exp_avg_sq_ptr + offs, mask=mask, other=0.0)
     weights_ptr = param_ptr if master_ptr is None else master_ptr
     weights = tl.load(weights_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if scalars_ptr is not None:
+        decay, step_size, correction2_sqrt = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
     if grad_scale_ptr is not None:
         grad_scale = tl.full([BLOCK], tl.load(grad_scale_ptr).to(tl.float32), tl.float32)
         grad = tl.fma(grad, grad_scale, 0.0)  # the product, rounded: not part of a later multiply-add
@@ -55,14 +57,14 @@ def adamw_kernel(
         tl.store(master_ptr + offs, weights, mask=mask)
 
 
-def update(param, grad, exp_avg, exp_avg_sq, master, grad_scale, params) -> None:
+def update(param, grad, exp_avg, exp_avg_sq, master, grad_scale, scalars, params) -> None:
     n_elements = param.numel()
     if n_elements == 0:
         return
-    correction1, correction2 = params.bias_corrections()
+    decay, step_size, correction2_sqrt = params.scalars()
     with launch.on_device(param):
         adamw_kernel[(launch.cdiv(n_elements, BLOCK),)](
-            param, grad.contiguous(), exp_avg, exp_avg_sq, master, grad_scale, n_elements,
-            1 - params.beta1, params.beta2, 1 - params.beta2, 1 - params.lr * params.weight_decay,
-            params.lr / correction1, correction2**0.5, params.eps, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            param, grad.contiguous(), exp_avg, exp_avg_sq, master, grad_scale,
+            None if scalars is None else scalars.contiguous(), n_elements, 1 - params.beta1, params.beta2,
+            1 - params.beta2, decay, step_size, correction2_sqrt, params.eps, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip

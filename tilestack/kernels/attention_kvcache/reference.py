@@ -40,11 +40,10 @@ def forward(
         slopes = alibi_slopes
         if slopes is not None and slopes.dim() == 2:
             slopes = slopes[sequence]
-        features = {"softcap": params.softcap or None, "sinks": sinks, "alibi_slopes": slopes}
         found = attention(
             queries[None], k_cache[places][None], v_cache[places][None], softmax_scale=params.softmax_scale,
-            window_size=(params.window_left, params.window_right), return_lse=True, implementation="reference",
-            **{name: value for name, value in features.items() if value is not None},
+            window_size=(params.window_left, params.window_right), softcap=params.softcap, sinks=sinks,
+            alibi_slopes=slopes, return_lse=True, implementation="reference",
         )  # fmt: skip
         its_out.copy_(found[0][0])
         its_lse.copy_(found[1][0])

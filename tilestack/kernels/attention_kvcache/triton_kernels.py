@@ -13,20 +13,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from tilestack.kernels.attention.triton_blocks import span
+from tilestack.kernels.attention.triton_blocks import sees, span
 from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential, logarithm
+from tilestack.kernels.attention.triton_scores import exponents
 from tilestack.kernels.kv_cache_append.triton_rotary import load_rotated
-
-
-@triton.jit
-def _tanh(x):
-    """The hyperbolic tangent, exact to a few units in the last place also near 0."""
-    square = x * x
-    above = x * (135135.0 + square * (17325.0 + square * (378.0 + square)))
-    below = 135135.0 + square * (62370.0 + square * (3150.0 + square * 28.0))
-    decaying = tl.exp2(tl.abs(x) * -2.8853900817779268)  # e to the -2 |x|
-    far = (1.0 - decaying) / (1.0 + decaying)
-    return tl.where(square < 1.0, above / below, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
@@ -95,27 +85,20 @@ def _attend(
     HAS_RIGHT: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLOPES: tl.constexpr, PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    unit = exponent_unit(PRECISION)
-    scale = unit if HAS_SOFTCAP or HAS_SLOPES else softmax_scale * unit
     pages = _pages(table_ptr, begin, length_k, BLOCK_N, PAGE)
     for start in tl.range(begin, end, BLOCK_N):
         k = _load_block(k_ptr, pages, start, length_k, stride_kp, stride_ks, HEAD_DIM, BLOCK_D, BLOCK_N, PAGE, MASKED)
         scores = dot(q, tl.trans(k), None, PRECISION)
+        scale = softmax_scale * exponent_unit(PRECISION)
         keys = start + tl.arange(0, BLOCK_N)
-        if HAS_SOFTCAP:
-            scores = softcap * _tanh(scores * (softmax_scale / softcap))
-        elif HAS_SLOPES:
-            scores = scores * softmax_scale
-        if HAS_SLOPES:
-            distance = tl.abs(queries[:, None] + shift - keys[None, :])
-            scores -= slopes[:, None] * distance.to(tl.float32)
+        distance = keys[None, :] - queries[:, None] - shift
+        if HAS_SOFTCAP or HAS_SLOPES:
+            scores, _ = exponents(
+                scores, distance, softmax_scale, softcap, slopes[:, None], HAS_SOFTCAP, HAS_SLOPES, PRECISION
+            )
+            scale = 1.0
         if MASKED:
-            distance = keys[None, :] - queries[:, None] - shift
-            visible = keys[None, :] < length_k
-            if HAS_LEFT:
-                visible &= distance >= -left
-            if HAS_RIGHT:
-                visible &= distance <= right
+            visible = sees(keys[None, :], distance, length_k, left, right, HAS_LEFT, HAS_RIGHT)
             scores = tl.where(visible, scores, float("-inf"))
         new_largest = tl.maximum(largest, tl.max(scores, 1) * scale)
         subtracted = new_largest

@@ -18,6 +18,7 @@ def _make(
     grad_scale: float | None = None,
     transposed: bool = False,
     zero_state: bool = False,
+    scalars: tuple[float, float, float] | None = None,
 ):
     def make(dtype, device, generator):
         def random(*size, to=torch.float32):
@@ -33,6 +34,7 @@ def _make(
             "exp_avg_sq": (0 if zero_state else 0.1) * random(*shape, to=wide).square(),
             "master": weights if master else None,
             "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
+            "scalars": None if scalars is None else torch.tensor(scalars, device=device, dtype=wide),
         }
 
     return make
@@ -66,6 +68,12 @@ CASES = OpCases(
             STEP | {"step": 1},
         ),
         Case("no decay", "weight_decay is 0", _make((40,)), STEP | {"weight_decay": 0.0}),
+        Case(
+            "scalars on the device",
+            "they stand in the place of step, lr and weight_decay",
+            _make((3, 67), master=True, grad_scale=0.5, scalars=(0.99, 2e-2, 0.4)),
+            STEP | {"step": 1000, "lr": 7.0},
+        ),
         Case("empty", "a parameter of no elements", _make((0, 4), master=True, grad_scale=0.5), STEP),
         Case("Qwen3-30B-A3B expert", "a real shape", _make((8, 1536, 2048), master=True), STEP, gpu_only=True),
     ),
