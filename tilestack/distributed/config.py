@@ -58,7 +58,7 @@ class DistributedConfig:
         all experts on every rank. Divides the number of ranks and of experts; with ZeRO 1 or 2.
     expert_chunks: with expert_parallel, tokens travel in so many parts, each while the experts work on the one before.
     cuda_graphs: of the local engine on a GPU: "auto" replays recorded steps where the host would keep the GPU waiting,
-        "off" never does. The numbers are the same.
+        "off" never does. The kernels are the same.
     """
 
     engine: Literal["auto", "local", "deepspeed"] = "auto"

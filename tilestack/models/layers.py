@@ -164,8 +164,19 @@ class LMHead(nn.Linear):
         if labels is None:
             return super().forward(hidden_states)
         hidden, weight = autocast(hidden_states.flatten(0, -2), self.weight)
-        choice = kernels_of(self).linear_cross_entropy
-        return linear_cross_entropy(hidden, weight, labels.flatten(), num_items=num_items, implementation=choice)
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            labels.flatten(),
+            num_items=num_items,
+            weight_gradient_sum=self._gradient_sum(hidden, weight),
+            implementation=kernels_of(self).linear_cross_entropy,
+        )
+
+    def _gradient_sum(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """Where an engine sums the gradients of micro-batches (`weight.gradient_sum`), unless somebody hooks them."""
+        watched = weight is not self.weight or weight._backward_hooks or torch.compiler.is_compiling()
+        return None if watched or not hidden.requires_grad else getattr(weight, "gradient_sum", None)
 
 
 # Modules that read their children's parameters themselves: DeepSpeed gathers these whole (set_z3_leaf_modules).
