@@ -1,9 +1,9 @@
 """What torchrun starts for test_deepspeed_engine.py: trains the tiny model under one setting after another.
 
 usage: worker.py FOLDER SETTING..., with a checkpoint in FOLDER/model and a DeepSpeed file own-<zero>.json a stage. A
-setting is a ZeRO stage ("3"), one with so many ranks that share the experts ("2-experts-2"), or the like where all ranks
-also share the rows of tokens ("3-rows", "2-experts-2-rows"; DeepSpeed learns of that once a process, so none of the
-others may stand beside them).
+setting is a ZeRO stage ("3"), one with ranks that share the experts ("2-experts-2"), or the like where all ranks
+also share the rows of tokens ("3-rows", "2-experts-2-rows"). DeepSpeed learns of the latter once a process, so settings
+with and without it do not go together.
 Every rank writes FOLDER/<setting>-rank-<rank>.json.
 """
 
