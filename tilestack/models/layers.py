@@ -11,6 +11,7 @@ from tilestack.kernels import RouterOutput, linear_cross_entropy, qk_norm_rope, 
 from tilestack.models.projections import project
 from tilestack.models.registration import NAME, autocast, kernels_of
 from tilestack.models.replacement import replaces
+from tilestack.models.sharded_sequence import ShardedSequence
 from tilestack.models.token_dispatch import TokenDispatcher
 
 
@@ -30,6 +31,8 @@ class Qwen3MoeRMSNorm(original.Qwen3MoeRMSNorm):
 @replaces(original.Qwen3MoeAttention)
 class Qwen3MoeAttention(original.Qwen3MoeAttention):
     """Reads the weights of q_norm and k_norm itself, so for ZeRO-3 it is a leaf."""
+
+    sequence: ShardedSequence | None = None  # set where each rank has a part of every row
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
         rows = (*hidden_states.shape[:-1], -1, self.head_dim)
