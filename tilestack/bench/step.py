@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from tilestack.models.flops import training_flops_per_token
 
 LOSS_STEPS = 20
 LEARNING_RATE = 3e-4
-PATIENCE_S = 300.0  # of one job: torch.compile takes its time
+PATIENCE_S = 120.0  # of one job, its compiling included
 ADAMW_BYTES = 28  # a parameter: bf16 gradient read, weight written; float32 master and moments read and written
 PROBES = (16384, 24576)  # two lengths whose peaks give the memory of a token
 LENGTH_MULTIPLE = 4096
@@ -72,14 +73,21 @@ def plain_transformers(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
 
 
 def compiled_transformers(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
-    """transformers under torch.compile, the loss included."""
+    """transformers under torch.compile: its layers, which then compile once for all, and the loss."""
     model = plain_transformers(config)
-    model.compile(dynamic=False)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
     return model
 
 
 def transformers_with_liger(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
-    """transformers with all that Liger-Kernel replaces in it: norms, rotary, experts, LM head with the loss."""
+    """transformers with all that Liger-Kernel replaces in it: norms, rotary, experts, LM head with the loss.
+
+    Its experts run with the tiles that it has without tuning, which would compile hundreds of kernels at the first
+    call; LIGER_FUSED_MOE_AUTOTUNE=1 in the environment brings that back.
+    """
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
     model = plain_transformers(config)
@@ -278,10 +286,12 @@ def run(
     """Time every implementation on every case, print as it goes, write the result file."""
     limits = ceilings()
     torch.cuda.empty_cache()
+    # for the children: whatever lies between two tensors is lost to the longest sequence
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
     rows = []
     for name in implementations or list(IMPLEMENTATIONS):
-        for job, result in one_after_another(jobs_of(name, cases, repeats), work, PATIENCE_S):
+        for job, result in one_after_another(jobs_of(name, cases, repeats), work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
             failed = Row(op, job.case.as_dict(), name, "step", error=result if isinstance(result, str) else None)
             for row in [failed] if failed.error else result:

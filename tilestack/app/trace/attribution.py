@@ -51,8 +51,9 @@ PARTS = (
     ACCUMULATION, NORM, OPTIMIZER, ENGINE, COMMUNICATION, UNKNOWN,
 )  # fmt: skip
 _PART_OF_OP = {
-    "rms_norm": NORMS, "qk_norm_rope": ROTARY, "attention": ATTENTION, "router": ROUTER, "sort_routes": EXPERTS,
-    "moe": EXPERTS, "swiglu": DENSE, "linear_cross_entropy": HEAD, "adamw": OPTIMIZER,
+    "rms_norm": NORMS, "layer_norm": NORMS, "qk_norm_rope": ROTARY, "rotary": ROTARY,
+    "attention": ATTENTION, "attention_kvcache": ATTENTION, "router": ROUTER, "sort_routes": EXPERTS, "moe": EXPERTS,
+    "swiglu": DENSE, "linear_cross_entropy": HEAD, "cross_entropy": HEAD, "adamw": OPTIMIZER,
 }  # fmt: skip
 _PART_OF_MODULE = (
     (PROJECTIONS, r"self_attn\.(q_proj|k_proj|v_proj|o_proj|qkv\w*)$"),
