@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from tilestack.bench.isolated import one_after_another
-from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.timing import ceilings, measure
 from tilestack.distributed.graphs import Recorded
 from tilestack.kernels import adamw
@@ -289,15 +289,14 @@ def run(
     # for the children: whatever lies between two tensors is lost to the longest sequence
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
-    rows = []
+    recorder = Recorder("step", limits, folder, describe)
     for name in implementations or list(IMPLEMENTATIONS):
         for job, result in one_after_another(jobs_of(name, cases, repeats), work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
             failed = Row(op, job.case.as_dict(), name, "step", error=result if isinstance(result, str) else None)
             for row in [failed] if failed.error else result:
-                rows.append(row)
-                print(describe(row), flush=True)
-    return write("step", rows, limits, folder)
+                recorder.add(row)
+    return recorder.finish()
 
 
 def describe(row: Row) -> str:
