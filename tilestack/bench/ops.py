@@ -169,7 +169,6 @@ def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER)
                 for row in rows_of(op, case, implementation.name, repeats):
                     recorder.add(row)
     for name, make in PROBLEMS.items():
-        write("ops", rows, limits, folder)  # what is measured is not lost with what comes after
         for row in problem_rows(make(), repeats) if not only or name in only else ():
             recorder.add(row)
     return recorder.finish()
