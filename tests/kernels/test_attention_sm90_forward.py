@@ -65,6 +65,16 @@ def test_every_head_dimension_has_a_case():
     assert sizes == set(FORWARD)
 
 
+@pytest.mark.parametrize("head_dim", FORWARD)
+def test_tiles_fit_into_shared_memory_and_hardware_barriers(head_dim):
+    tiles = FORWARD[head_dim]
+    rows = 64 * tiles.Q_SLOTS * tiles.CONSUMERS + 2 * tiles.STAGES * tiles.BLOCK_N
+    mbarriers = 8 * (tiles.Q_SLOTS + 2 * tiles.STAGES)
+    assert tiles.D + tiles.REST == head_dim
+    assert rows * head_dim * 2 + mbarriers <= 226 * 1024  # of 227 KB; Triton keeps what partitions capture there too
+    assert 5 + 2 * tiles.STAGES + tiles.Q_SLOTS + tiles.CONSUMERS <= 16  # Triton has five itself
+
+
 def test_minus_infinity_as_a_sink_is_no_sink(monkeypatch):
     case = CASES["sinks, queries that see no key"]
     monkeypatch.setattr(torch, "randn", lambda *shape, generator=None, randn=torch.randn: (
