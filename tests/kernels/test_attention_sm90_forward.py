@@ -70,7 +70,7 @@ def test_tiles_fit_into_shared_memory_and_hardware_barriers(head_dim):
     tiles = FORWARD[head_dim]
     rows = 64 * tiles.Q_SLOTS * tiles.CONSUMERS + 2 * tiles.STAGES * tiles.BLOCK_N
     mbarriers = 8 * (tiles.Q_SLOTS + 2 * tiles.STAGES)
-    assert tiles.D + tiles.REST == head_dim
+    assert head_dim == tiles.D + tiles.REST
     assert rows * head_dim * 2 + mbarriers <= 226 * 1024  # of 227 KB; Triton keeps what partitions capture there too
     assert 5 + 2 * tiles.STAGES + tiles.Q_SLOTS + tiles.CONSUMERS <= 16  # Triton has five itself
 
@@ -98,7 +98,7 @@ PLANTED = {  # lines of the kernel, and what they become
         "",
     ),
     "the next K tile is not waited for": (
-        "                mbarrier.wait(k_full.index(next_stage), next_phase, pred=step + 1 < n_tiles)\n",
+        "                mbarrier.wait(k_full.index(stage), phase, pred=step + 1 < n_tiles)\n",
         "",
     ),
     "V is released before P V has run": (

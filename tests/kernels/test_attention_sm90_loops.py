@@ -40,15 +40,24 @@ def test_the_loop_is_short_and_keeps_everything_in_registers(loops, head_dim):
 
 
 @pytest.mark.parametrize("head_dim", INSTRUCTIONS)
-def test_products_are_not_serialised_and_exponentials_run_under_p_v(loops, head_dim):
+def test_products_are_not_serialised_and_nothing_stands_between_them_and_the_chain_but_what_is_free(loops, head_dim):
     loop = loops[head_dim]
-    scores_there, out_there = places(loop, r"WARPGROUP\.DEPBAR")  # serialised wgmma has a wait for each
     products = places(loop, "HGMMA")
-    exponentials = places(loop, r"MUFU\.EX2")
-    assert max(products) < scores_there < min(exponentials)
-    assert max(exponentials) < out_there
+    waits = places(loop, r"WARPGROUP\.DEPBAR")
+    assert len(waits) == 2  # serialised wgmma has a wait for each product
+    assert max(products) < min(waits) < min(places(loop, r"MUFU\.EX2"))
     of_scores = [place for place in products if "tnspB" not in loop[place]]
     of_out = [place for place in products if "tnspB" in loop[place]]
     assert max(of_scores) < min(of_out)
-    scaling = places(loop, r"\bFMUL\b.*")
-    assert sum(max(of_scores) < place < min(of_out) for place in scaling) >= int(head_dim) // 2
+    free = range(max(of_scores), min(of_out))  # the tensor cores work on the scores
+    assert sum(place in free for place in places(loop, r"\bFMUL\b")) == int(head_dim) // 2  # out is rescaled here
+    if head_dim == "128":
+        assert sum(place in free for place in places(loop, r"\bF2FP\b")) >= 24  # and most of P narrowed
+
+
+@pytest.mark.parametrize("head_dim", INSTRUCTIONS)
+def test_rescaling_is_jumped_over_where_no_maximum_has_grown(loops, head_dim):
+    loop = loops[head_dim]
+    (vote,) = places(loop, r"\bVOTE\b")
+    jump = next(place for place in places(loop, r"\bBRA\b") if place > vote)
+    assert set(places(loop, r"\bFMUL\b")) >= set(range(jump + 1, jump + 1 + int(head_dim) // 2))

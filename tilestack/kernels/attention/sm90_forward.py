@@ -9,8 +9,8 @@ head run together; dense input goes in sections of heads and documents whose K a
   are hardware barriers, which cost less.
 * A consumer issues Q K' of the next tile before P V of this one. What P V needs first, P narrowed and out rescaled, is
   done between the two, behind the branch of V's mbarrier, which ptxas moves little across: there it costs nothing,
-  because the tensor cores work on Q K'. What stays of a tile is a chain of comparisons, exponentials and sums. The wait
-  for P V stands behind the branch of the next K tile's mbarrier, or ptxas would move it above the exponentials.
+  because the tensor cores work on Q K'. What stays of a tile is a chain of comparisons, exponentials and sums. (With
+  three consumers P is narrowed at once: there are no registers for its float32 form.)
 * Out is rescaled only where the maximum of a row has grown by more than SLACK since: a weight may be 2^SLACK, not 1.
 * Ping-pong: the consumers take turns to issue products, so that this chain runs under the others' products.
 * Comparisons and sums of a row are eight that do not wait for one another (partial_row_max, partial_row_sums); sums
@@ -214,6 +214,24 @@ def issue_out(p, v_s, stage, out, rest, C: gl.constexpr):
 
 
 @gluon.jit
+def held(weights, dtype: gl.constexpr, C: gl.constexpr):
+    """What is kept of the weights until P V: float32, or P where registers are scarce."""
+    if C.CONSUMERS == 3:
+        return narrow(weights, dtype)
+    else:
+        return weights
+
+
+@gluon.jit
+def operand(weights, dtype: gl.constexpr, C: gl.constexpr):
+    """P of what `held` kept."""
+    if C.CONSUMERS == 3:
+        return weights
+    else:
+        return narrow(weights, dtype)
+
+
+@gluon.jit
 def wait_scores(s, C: gl.constexpr):
     """The scores, while P V of the tile before is still on its way."""
     return warpgroup_mma_wait(2 if C.REST > 0 else 1, deps=[s])
@@ -302,6 +320,7 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
         alpha = gl.exp2(m - m)
         weights = gl.exp2(s * scale - m[:, None])
         total = partial_row_sums(weights)
+        weights = held(weights, dtype, C)
         v_stage = stage
         v_phase = phase
         phase = gl.where(v_stage + 1 == C.STAGES, v_phase ^ 1, v_phase)
@@ -318,7 +337,7 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
                 s_issued = issue_scores(q_s, place, k_s, stage, C)
                 mbarrier.wait(v_full.index(v_stage), v_phase)
                 out, rest = scaled(out, rest, alpha, C)
-                out_issued, rest_issued = issue_out(narrow(weights, dtype), v_s, v_stage, out, rest, C)
+                out_issued, rest_issued = issue_out(operand(weights, dtype, C), v_s, v_stage, out, rest, C)
                 barrier_arrive(NEXT, "256", 4)
                 s = wait_scores(s_issued, C)
                 barrier_arrive(C.K_FREE + stage, THREADS, 4)
@@ -330,20 +349,19 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
                 m_new = gl.where(largest > m + SLACK, largest, m)
                 alpha = gl.exp2(m - m_new)
                 m = m_new
-                weights = gl.exp2(s * scale - m[:, None])
-                total = total * beside(alpha, total) + partial_row_sums(weights)
-                next_phase = gl.where(stage + 1 == C.STAGES, phase ^ 1, phase)
-                next_stage = gl.where(stage + 1 == C.STAGES, 0, stage + 1)
-                mbarrier.wait(k_full.index(next_stage), next_phase, pred=step + 1 < n_tiles)
                 out, rest = wait_out(out_issued, rest_issued, C)
                 barrier_arrive(C.V_FREE + v_stage, THREADS, 4)
+                weights = gl.exp2(s * scale - m[:, None])
+                total = total * beside(alpha, total) + partial_row_sums(weights)
+                weights = held(weights, dtype, C)
                 v_stage = stage
                 v_phase = phase
-                stage = next_stage
-                phase = next_phase
+                phase = gl.where(v_stage + 1 == C.STAGES, v_phase ^ 1, v_phase)
+                stage = gl.where(v_stage + 1 == C.STAGES, 0, v_stage + 1)
+                mbarrier.wait(k_full.index(stage), phase, pred=step + 1 < n_tiles)
         mbarrier.wait(v_full.index(v_stage), v_phase)
         out, rest = scaled(out, rest, alpha, C)
-        out_issued, rest_issued = issue_out(narrow(weights, dtype), v_s, v_stage, out, rest, C)
+        out_issued, rest_issued = issue_out(operand(weights, dtype, C), v_s, v_stage, out, rest, C)
         # read the item again: kept through the loop, its numbers would take registers
         head, row_q, n_q, _, _, _, row_lse = work_item(piece(schedule, index, C.SCHEDULED), items, n_heads)
         n_rows = n_q - which * ROWS
