@@ -19,6 +19,7 @@ fences, and races between the warpgroups of one partition, which is one thread h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
 import types
@@ -245,6 +246,7 @@ class Emulator:
         self.rebuilt: dict[JITFunction, Callable] = {}
         self.named: dict[int, list[int]] = {}
         self.mbarriers: list[Mbarrier] = []
+        self.reversed = False  # the order of the programs
         self.fakes = self._fakes()
 
     def launcher(self, kernel: JITFunction) -> Any:
@@ -264,17 +266,16 @@ class Emulator:
         named.update({name: value for name, value in options.items() if name in kernel.arg_names})
         arguments = [self._argument(named[name]) for name in kernel.arg_names]
         self.grid = (*grid, 1, 1)[:3]
-        for z in range(self.grid[2]):
-            for y in range(self.grid[1]):
-                for x in range(self.grid[0]):
-                    self.named.clear()
-                    self.mbarriers.clear()
-                    with self._partition((x, y, z)):
-                        function(*arguments)
-                    if any(count for count, _ in self.named.values()):
-                        raise ProtocolError("a named barrier was left half full")
-                    for barrier in self.mbarriers:
-                        barrier.check_idle()
+        programs = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(self.grid)))]
+        for program in reversed(programs) if self.reversed else programs:
+            self.named.clear()
+            self.mbarriers.clear()
+            with self._partition(program):
+                function(*arguments)
+            if any(count for count, _ in self.named.values()):
+                raise ProtocolError("a named barrier was left half full")
+            for barrier in self.mbarriers:
+                barrier.check_idle()
 
     def rebuild(self, jitted: JITFunction) -> Callable:
         """The Python function behind a JIT function, with the emulator's versions of what it calls."""
@@ -360,6 +361,17 @@ class Emulator:
             desc.tensor[inside] = desc.tensor[inside] + tile if add else tile
 
         self.here.stores.append(leave)
+
+    def reduce_add(self, pointers: Pointer, values: torch.Tensor, num_warps: int) -> None:
+        pointers.memory.index_put_((pointers.offset,), values, accumulate=True)
+
+    def wait_for_turn(self, pointer: Pointer, turn: int, num_warps: int) -> None:
+        memory, offset = pointer.memory, int(pointer.offset)
+        self.scheduler.wait(lambda: memory[offset] == int(turn), f"turn {turn}")
+
+    def pass_turn(self, pointer: Pointer, num_warps: int) -> None:
+        self.store_wait(0)
+        pointer.memory[int(pointer.offset)] += 1
 
     def store_wait(self, pendings: int = 0) -> None:
         self.scheduler.wait(lambda: True, "its stores", others_first=True)
@@ -450,6 +462,10 @@ class Emulator:
             _gluon.barrier_sync: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, True),
             _gluon.barrier_arrive: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, False),
             _gluon.narrow: lambda x, dtype: x.to(dtype),
+            _gluon.widen: lambda x, dtype: x.float(),
+            _gluon.reduce_add: self.reduce_add,
+            _gluon.wait_for_turn: self.wait_for_turn,
+            _gluon.pass_turn: self.pass_turn,
             _gluon.reciprocal: lambda x: 1 / x,
             _gluon.round_to_bf16: lambda x: (x.bfloat16(), x.bfloat16().float()),
         }
