@@ -316,11 +316,14 @@ class Emulator:
     def warp_specialize(self, partitions: list, worker_warps: list[int], worker_registers: list[int]) -> None:
         program = self.here.program
 
-        def body(function: Callable, args: tuple) -> None:
+        def body(function: Callable, args: tuple, warps: int) -> None:
             with self._partition(program):
+                self.here.warps = warps
                 function(*args)
 
-        self.scheduler.run([lambda each=each: body(*each) for each in partitions])
+        warps = [0, *worker_warps]  # of the first partition it is not known, and it copies nothing
+        bodies = zip(partitions, warps, strict=True)
+        self.scheduler.run([lambda each=each, n=n: body(*each, n) for each, n in bodies])
 
     def barrier(self, index: Any, threads: str, num_warps: int, wait: bool) -> None:
         state = self.named.setdefault(int(index), [0, 0])  # threads that came, turns that are over
@@ -389,10 +392,10 @@ class Emulator:
 
         self.here.copies.append(arrive)
 
-    def copy_arrive(self, barrier: Mbarrier, increment_count: bool = True, threads: int = 128) -> None:
+    def copy_arrive(self, barrier: Mbarrier, increment_count: bool = True) -> None:
         if increment_count:
             raise ProtocolError("cp.async arrivals must be counted in the mbarrier's init (increment_count=False)")
-        pending, self.here.copies = self.here.copies, []
+        pending, self.here.copies, threads = self.here.copies, [], 32 * self.here.warps
 
         def arrive() -> None:
             for copy in pending:

@@ -36,6 +36,7 @@ import triton.language as tl
 
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import (
+    async_copy,
     barrier_arrive,
     barrier_sync,
     fence_async_shared,
@@ -123,17 +124,25 @@ def load_rows(desc, tail_desc, row, column, barrier, buffer, tail_buffer, D: gl.
 
 
 @gluon.jit
-def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc, scalars_desc,
+def load_scalars(pointer, rows_left, barrier, buffer, BLOCK_M: gl.constexpr):
+    """lse or delta of a block's queries; TMA cannot: they begin at no multiple of 16 bytes."""
+    rows = gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    async_copy.async_copy_global_to_shared(buffer, pointer + rows, mask=rows < rows_left)  # 0 for the others
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc, lse_ptr, delta_ptr,
              q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
-             kv_full, q_full, do_full, items, n_columns, section, total_q, n_scalars, left, right,
+             kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
              HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
              TAIL: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
              DETERMINISTIC: gl.constexpr):  # fmt: skip
-    row_k, _, row_q, _, _, n, kv_head, head, low, high, _ = key_item(
+    row_k, _, row_q, n_q, _, n, kv_head, head, low, high, _ = key_item(
         items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
     width: gl.constexpr = D + TAIL
-    q_bytes: gl.constexpr = BLOCK_M * (2 * width + 4)  # with its lse or delta
+    q_bytes: gl.constexpr = BLOCK_M * width * 2
     total = (high - low) * HEADS
     mbarrier.expect(kv_full, 2 * BLOCK_N * width * 2)
     row = row_k + n * BLOCK_N
@@ -144,24 +153,33 @@ def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_d
         stage = it % STAGES
         row = row_q + m * BLOCK_M
         column = (head + g) * width
-        scalars = (head + g) * total_q + row  # of lse; delta follows after the last
+        scalars = (head + g) * total_q + row
+        rows_left = n_q - m * BLOCK_M
         if it >= STAGES:
             barrier_sync(Q_FREE + stage, "288", 1)
         full = q_full.index(stage)
         mbarrier.expect(full, q_bytes)
         load_rows(q_desc, q_tail_desc, row, column, full, q_s.index(stage), q_tail_s.index(stage), D, TAIL)
-        tma.async_copy_global_to_shared(scalars_desc, [scalars], full, lse_s.index(stage))
+        load_scalars(lse_ptr + scalars, rows_left, full, lse_s.index(stage), BLOCK_M)
         if it >= STAGES:
             barrier_sync(DO_FREE + stage, "288", 1)
         full = do_full.index(stage)
         mbarrier.expect(full, q_bytes)
         load_rows(do_desc, do_tail_desc, row, column, full, do_s.index(stage), do_tail_s.index(stage), D, TAIL)
-        tma.async_copy_global_to_shared(scalars_desc, [n_scalars + scalars], full, delta_s.index(stage))
+        load_scalars(delta_ptr + scalars, rows_left, full, delta_s.index(stage), BLOCK_M)
     # take the last releases, so that no hardware barrier is left half full
     for it in range(total, total + STAGES):
         if it >= STAGES:
             barrier_sync(Q_FREE + it % STAGES, "288", 1)
             barrier_sync(DO_FREE + it % STAGES, "288", 1)
+
+
+@gluon.jit
+def add_dq(desc, tail_desc, buffer, tail_buffer, row, head, D: gl.constexpr, TAIL: gl.constexpr):
+    line = head * ((D + TAIL) // 32)
+    tma_reduce_add(desc, [line, row, 0], buffer)
+    if TAIL:
+        tma_reduce_add(tail_desc, [line + D // 32, row, 0], tail_buffer)
 
 
 @gluon.jit
@@ -180,10 +198,7 @@ def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, s
         turn = turns + ((head + g) * n_q_blocks + first_block + m)
         barrier_sync(DQ_FULL + 0 * it, "288", 1)
         wait_for_turn(turn, n - first, 1)
-        vector = (head + g) * ((D + TAIL) // 16)
-        tma_reduce_add(dq_desc, [vector, row_q + m * BLOCK_M, 0], dq_s)
-        if TAIL:
-            tma_reduce_add(dq_tail_desc, [vector + D // 16, row_q + m * BLOCK_M, 0], dq_tail_s)
+        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row_q + m * BLOCK_M, head + g, D, TAIL)
         tma.store_wait(0)
         barrier_arrive(DQ_FREE + 0 * it, "288", 1)
         pass_turn(turn, 1)
@@ -213,18 +228,18 @@ def store_tile(desc, pointer, value, staging, row, column, rows_left, stride, la
 
 @gluon.jit
 def sum_places(stride, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """Where an accumulator's values lie in a scratch tensor: each 16 columns in the order of the registers."""
+    """Where an accumulator's values lie in a scratch tensor: each 32 columns in the order of a thread's registers."""
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    places = columns // 16 * 16 + columns // 2 % 4 * 4 + columns // 8 % 2 * 2 + columns % 2
+    places = columns // 32 * 32 + columns // 2 % 4 * 8 + columns // 8 % 4 * 2 + columns % 2
     return (rows * stride)[:, None] + places[None, :]
 
 
 @gluon.jit
-def in_vectors(x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """An accumulator as TMA adds it to a scratch tensor, [COLUMNS / 16, ROWS, 16], in the order of `sum_places`."""
-    x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 16, 2, 4, 2]), [1, 0, 3, 2, 4])
-    return gl.reshape(x, [COLUMNS // 16, ROWS, 16])
+def in_lines(x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """An accumulator as TMA adds it to a scratch tensor, [COLUMNS / 32, ROWS, 32], in the order of `sum_places`."""
+    x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 32, 4, 4, 2]), [1, 0, 3, 2, 4])
+    return gl.reshape(x, [COLUMNS // 32, ROWS, 32])
 
 
 @gluon.jit
@@ -237,12 +252,12 @@ def product(a, b, a_tail, b_tail, zeros, TAIL: gl.constexpr):
 
 
 @gluon.jit
-def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
+def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
               q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
               kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
               scale, scale2, softcap2, stride_dq, stride_dk,
               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-              TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, HAS_LEFT: gl.constexpr,
+              TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr, EARLY: gl.constexpr, HAS_LEFT: gl.constexpr,
               HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = 128 // BLOCK_N  # warpgroups side by side over the queries of S', dP' and the D of dK, dV
     across: gl.constexpr = 128 // BLOCK_M  # and over the D of dQ
@@ -336,25 +351,29 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q
         delta = delta_s.index(stage).load(of_query)
         dp = warpgroup_mma_wait(groups if wide == 1 else 0, deps=[dp_issued])
         ds = narrow(widen(slope, dtype) * (dp - delta[None, :]), dtype)
-        thread_barrier()  # both warpgroups have read the previous dS'
+        if DETERMINISTIC or not DQ_SHARED:
+            thread_barrier()  # both warpgroups have read the previous dS'
         ds_tile.store(ds)
         if wide == 2:
             p_tile = p_s.index(zero)
             p_tile.store(weights)
         fence_async_shared()
-        if wide == 1:
-            if TAIL:
-                dv, dv_tail = warpgroup_mma_wait(0, deps=[dv_issued, dv_tail_issued])
-            else:
-                dv = warpgroup_mma_wait(0, deps=[dv_issued])
-            barrier_arrive(DO_FREE + stage, "288", 8)
         # after the last block this one again, for nothing: a branch around wgmma costs more
         following = gl.where(stage + 1 == STAGES, 0, stage + 1)
         next_phase = gl.where(it + 1 == total, phase, gl.where(stage + 1 == STAGES, phase ^ 1, phase))
         next_stage = gl.where(it + 1 == total, stage, following)
-        mbarrier.wait(q_full.index(next_stage), next_phase)
-        s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
-                           q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
+        if EARLY:
+            if wide == 1:
+                if TAIL:
+                    dv, dv_tail = warpgroup_mma_wait(0, deps=[dv_issued, dv_tail_issued])
+                else:
+                    dv = warpgroup_mma_wait(0, deps=[dv_issued])
+                barrier_arrive(DO_FREE + stage, "288", 8)
+            mbarrier.wait(q_full.index(next_stage), next_phase)
+            s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
+                               q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
+        if DQ_SHARED and not DETERMINISTIC:
+            tma.store_wait(0)  # the previous dQ has left shared memory
         thread_barrier()  # dS' (and P') of both warpgroups is there
         if wide == 2:
             dv_issued = warpgroup_mma(p_tile, do, dv, is_async=True)
@@ -364,6 +383,16 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q
         if TAIL:
             k_tail = k_tail_s.index(zero)
             dq_tail_issued = warpgroup_mma(ds_tile.permute((1, 0)), k_tail, dq_tail_zeros, use_acc=False, is_async=True)
+        if not EARLY:
+            if wide == 1:
+                if TAIL:
+                    dv, dv_tail = warpgroup_mma_wait(groups, deps=[dv_issued, dv_tail_issued])
+                else:
+                    dv = warpgroup_mma_wait(groups, deps=[dv_issued])
+                barrier_arrive(DO_FREE + stage, "288", 8)
+            mbarrier.wait(q_full.index(next_stage), next_phase)
+            s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
+                               q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
         if wide == 1:
             dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q_s.index(stage), dk_done, is_async=True)
             if TAIL:
@@ -375,22 +404,27 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q
                 dk_tail_issued = warpgroup_mma(ds_tile, q_tail_s.index(stage), dk_tail_done, is_async=True)
         if wide == 2:
             if TAIL:
-                dv, dv_tail = warpgroup_mma_wait(2 * groups, deps=[dv_issued, dv_tail_issued])
+                dv, dv_tail = warpgroup_mma_wait((2 if EARLY else 3) * groups, deps=[dv_issued, dv_tail_issued])
             else:
-                dv = warpgroup_mma_wait(2 * groups, deps=[dv_issued])
+                dv = warpgroup_mma_wait((2 if EARLY else 3) * groups, deps=[dv_issued])
             barrier_arrive(DO_FREE + stage, "288", 8)
         if TAIL:
             dq, dq_tail, s = warpgroup_mma_wait(groups, deps=[dq_issued, dq_tail_issued, s_issued])
         else:
             dq, s = warpgroup_mma_wait(groups, deps=[dq_issued, s_issued])
-        if DETERMINISTIC:
-            if it > 0:
-                barrier_sync(DQ_FREE + zero, "288", 8)
-            dq_s.store(in_vectors(dq, BLOCK_M, D))
+        if DQ_SHARED:
+            if DETERMINISTIC:
+                if it > 0:
+                    barrier_sync(DQ_FREE + zero, "288", 8)
+            dq_s.store(in_lines(dq, BLOCK_M, D))
             if TAIL:
-                dq_tail_s.store(in_vectors(dq_tail, BLOCK_M, TAIL))
+                dq_tail_s.store(in_lines(dq_tail, BLOCK_M, TAIL))
             fence_async_shared()
-            barrier_arrive(DQ_FULL + zero, "288", 8)
+            if DETERMINISTIC:
+                barrier_arrive(DQ_FULL + zero, "288", 8)
+            else:
+                thread_barrier()  # dQ is there, and both warpgroups have read dS'
+                add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row_q + m * BLOCK_M, head, D, TAIL)
         else:
             corner = gl.cast(row_q + m * BLOCK_M, gl.int64) * stride_dq + head * (D + TAIL)
             reduce_add(dq_sum + corner + dq_places, dq, 8)
@@ -423,6 +457,8 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q
             barrier_arrive(Q_FREE + stage, "288", 8)
         if DETERMINISTIC:
             barrier_sync(DQ_FREE + 0 * total, "288", 8)
+    if DQ_SHARED and not DETERMINISTIC:
+        tma.store_wait(0)
     thread_barrier()
     # read the item again: kept through the loop, its numbers would take registers
     row_k, n_k, _, _, _, n, kv_head, head, _, _, index = key_item(
@@ -459,17 +495,18 @@ def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q
             pass_turn(turn, 8)
 
 
-@gluon.jit(do_not_specialize=["section", "n_q_blocks", "total_q", "n_scalars", "left", "right"])
+@gluon.jit(do_not_specialize=["section", "n_q_blocks", "total_q", "left", "right"])
 def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
-                              scalars_desc, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr,
+                              lse_ptr, delta_ptr, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr,
                               dq_sum, dk_sum, dv_sum, turns, items, n_columns, section, n_q_blocks, total_q,
-                              n_scalars, left, right, scale, scale2, softcap2, stride_dq, stride_dk,
+                              left, right, scale, scale2, softcap2, stride_dq, stride_dk,
                               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                              D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
+                              D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr, EARLY: gl.constexpr,
                               HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
                               DETERMINISTIC: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    scalars_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], q_desc.layout)
@@ -484,45 +521,45 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
     p_s = ds_s
     if BLOCK_N == 64:
         p_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, BLOCK_M], ds_layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_desc.layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_layout)
     dq_s, dq_tail_s = ds_s, ds_s
-    if DETERMINISTIC:
-        dq_s = gl.allocate_shared_memory(gl.float32, [D // 16, BLOCK_M, 16], dq_desc.layout)
+    if DQ_SHARED:
+        dq_s = gl.allocate_shared_memory(gl.float32, [D // 32, BLOCK_M, 32], dq_desc.layout)
         if TAIL:
-            dq_tail_s = gl.allocate_shared_memory(gl.float32, [TAIL // 16, BLOCK_M, 16], dq_tail_desc.layout)
+            dq_tail_s = gl.allocate_shared_memory(gl.float32, [TAIL // 32, BLOCK_M, 32], dq_tail_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(q_full.index(i), count=33)  # the expected bytes, and 32 threads' lse or delta
+        mbarrier.init(do_full.index(i), count=33)
     # the compiler wants each partition's arguments spelled out in the call
     if DETERMINISTIC:
         gl.warp_specialize([
-            (consumers, (dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
+            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
                          q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
                          kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
                          scale, scale2, softcap2, stride_dq, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
-                         STAGES, CARRY, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+                         STAGES, CARRY, DQ_SHARED, EARLY, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
             (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
-                        scalars_desc, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
-                        kv_full, q_full, do_full, items, n_columns, section, total_q, n_scalars, left, right,
+                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
+                        kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
                         HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
             (dq_writer, (dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks,
                          left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumers, (dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
+            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
                          q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
                          kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
                          scale, scale2, softcap2, stride_dq, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
-                         STAGES, CARRY, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+                         STAGES, CARRY, DQ_SHARED, EARLY, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
             (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
-                        scalars_desc, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
-                        kv_full, q_full, do_full, items, n_columns, section, total_q, n_scalars, left, right,
+                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
+                        kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
                         HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
         ], [1], [24])  # fmt: skip
 
@@ -573,7 +610,7 @@ def finish_kernel(
 def _round_sums(sum_ptr, out_ptr, block, n, scale, BLOCK: tl.constexpr):
     places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.load(sum_ptr + places, mask=places < n, other=0.0) * scale
-    values = tl.permute(tl.reshape(sums.to(out_ptr.dtype.element_ty), [BLOCK // 16, 4, 2, 2]), [0, 2, 1, 3])
+    values = tl.permute(tl.reshape(sums.to(out_ptr.dtype.element_ty), [BLOCK // 32, 4, 4, 2]), [0, 2, 1, 3])
     tl.store(out_ptr + places, tl.reshape(values, [BLOCK]), mask=places < n)
 
 
@@ -610,21 +647,22 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     length = q.shape[-3]
     total_q, total_k = q.numel() // (heads * head_dim), k.numel() // (kv_heads * head_dim)
     new = {"dtype": torch.float32, "device": q.device}
-    scalars = torch.empty(2 * heads * total_q, **new)
-    lse2, delta = scalars.chunk(2)
+    lse2, delta = torch.empty(2, heads * total_q, **new)
     # a block of rows may reach over the last row: what it adds there is 0
     sizes = [(total_q + block_m) * heads * head_dim]
     if group > config.HEADS:
         sizes += 2 * [(total_k + block_n) * kv_heads * head_dim]
     sums = torch.empty(sum(sizes), **new)
-    dq_sum, dk_sum, dv_sum = (*sums.split(sizes), None, None)[:3]
+    dq_sum, *others = sums.split(sizes)
+    dk_sum, dv_sum = others or (dq_sum, dq_sum)  # not used
     turns = dq_desc = dq_tail_desc = dk_desc = dv_desc = None
     if params.deterministic:
         turns = torch.zeros(heads * n_q_blocks + n_items * kv_heads, dtype=torch.int32, device=q.device)
-        vectors = dq_sum.view(-1, heads * head_dim // 16, 16).transpose(0, 1)
-        dq_desc = tensor_descriptor(vectors, [config.D // 16, block_m, 16], 0)
+    if config.DQ_SHARED:
+        lines = dq_sum.view(-1, heads * head_dim // 32, 32).transpose(0, 1)
+        dq_desc = tensor_descriptor(lines, [config.D // 32, block_m, 32])
         if config.TAIL:
-            dq_tail_desc = tensor_descriptor(vectors, [config.TAIL // 16, block_m, 16], 0)
+            dq_tail_desc = tensor_descriptor(lines, [config.TAIL // 32, block_m, 32])
     if group == config.HEADS:
         dk_desc, dv_desc = (tensor_descriptor(rows_by_heads(each), [block_n, config.D]) for each in (dk, dv))
     out_rows, *rows = (rows_by_heads(each) for each in (out, q, k, v, dout))
@@ -634,7 +672,6 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     if config.TAIL:
         tails = [[size, config.TAIL] for size in blocks]
         tail_descs = [tensor_descriptor(*each, 2 * config.TAIL) for each in zip(rows, tails, strict=True)]
-    scalars_desc = tensor_descriptor(scalars, [block_m], 0)
     scale2 = params.softmax_scale * LOG2E
     if params.softcap:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
         scale2 *= 2 / params.softcap
@@ -645,9 +682,9 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
             num_warps=4,
         )  # fmt: skip
         attention_backward_kernel[(n_items * n_columns,)](
-            *descs, *tail_descs, scalars_desc, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
+            *descs, *tail_descs, lse2, delta, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
             dq_sum, dk_sum, dv_sum, turns, items, n_columns,
-            backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q, heads * total_q,
+            backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q,
             params.window_left, params.window_right, params.softmax_scale, scale2, params.softcap * LOG2E,
             heads * head_dim, kv_heads * head_dim, GROUP=group, **vars(config),
             HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, HAS_SOFTCAP=params.softcap > 0,
