@@ -168,7 +168,14 @@ BUGS = {  # a case, and (lines of the source, what they become) ...
     ),
     "the buffer of dQ is not waited for": (
         dataclasses.replace(PLAIN, deterministic=True),
-        ("""            if it > 0:\n                barrier_sync(DQ_FREE + zero, "288", 8)\n""", ""),
+        (
+            """                if it > 0:\n                    barrier_sync(DQ_FREE + zero, "288", 8)\n""",
+            "                pass\n",
+        ),
+    ),
+    "dQ is overwritten before it has left": (
+        PLAIN,
+        ("            tma.store_wait(0)  # the previous dQ has left shared memory\n", "            pass\n"),
     ),
     "the turn is kept": (
         dataclasses.replace(PLAIN, deterministic=True),

@@ -68,8 +68,7 @@ def _reduce_add_code(registers: int) -> tuple[str, str]:
     for first in range(0, registers, 8):
         for row in (0, 2):
             vector = ", ".join(f"${values + first + row + each}" for each in (0, 1, 4, 5))
-            place = first // 16 * 128 + first // 8 % 2 * 16  # in bytes: a line of 32 columns is two vectors a thread
-            code += f"red.global.add.v4.f32 [${pointers + row} + {place}], {{{vector}}}; "
+            code += f"red.global.add.v4.f32 [${pointers + row} + {8 * first}], {{{vector}}}; "
     code += " ".join(f"mov.b32 ${each}, 0;" for each in range(outputs))
     return code, ",".join(["=r"] * outputs + ["l"] * registers + ["f"] * registers)
 
@@ -83,7 +82,7 @@ def _values_of_a_thread(shape, num_warps: int) -> int:
 def reduce_add(pointers, values, num_warps: gl.constexpr):
     """Add an accumulator [M, N] of wgmma to float32 in global memory, 16 bytes at once.
 
-    Rows lie anywhere, aligned to 16 bytes. Of each 32 columns c those of a thread lie side by side, in the order of its
+    Rows lie anywhere, aligned to 16 bytes. Of each 16 columns c those of a thread lie side by side, in the order of its
     registers: c // 2 % 4, c // 8, c % 2.
     """
     registers: gl.constexpr = _values_of_a_thread(values.shape, num_warps)

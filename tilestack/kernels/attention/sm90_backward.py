@@ -11,16 +11,16 @@ and dV in registers and walks over the query blocks that see its keys:
   sum over all keys of the item; P' and dS' stay in registers as left operands, dS' also goes through shared memory for
   dQ. Wider heads have 64 keys an item: the consumers share the queries of S', dP' and the columns of dK, dV, dQ, and P'
   and dS' go through shared memory.
-* S' of the next query block is issued before the barrier that dQ needs, and where registers allow (CARRY) the
-  exponentials of that block run while dK of this one does: the tensor cores always have work. P' is kept as 16 bits, as
-  eager attention has it: its float32 would take the registers of the next S'.
-* dQ is added into a float32 scratch tensor straight from the registers, 16 bytes at once, which spares shared memory
-  64 KB of traffic a block; `finish_kernel` rounds it. Where the query heads of a key head are spread over several
-  items, dK and dV go the same way. Additions from several items come in any order: the last bits may differ from run
-  to run.
+* S' of the next query block is issued between dQ and dK of this one, and where registers allow (CARRY) dK runs beside
+  the exponentials of the next block: the tensor cores have work. P' is kept as 16 bits, as eager attention has it: its
+  float32 would take the registers of the next S'.
+* dQ is added into a float32 scratch tensor by TMA, from shared memory in an order free of bank conflicts, or, where no
+  shared memory is left (DQ_SHARED), straight from the registers, 16 bytes at once. `finish_kernel` rounds it. Where the
+  query heads of a key head are spread over several items, dK and dV are added from the registers too. Additions from
+  several items come in any order: the last bits may differ from run to run.
 * DETERMINISTIC: items of earlier keys add first, and all walk from the last query to the first, so that each finds its
   turn one block behind the item before it; nobody waits for an item that starts later. One more warp waits for the turn
-  and adds dQ through TMA from shared memory, so that the consumers need not wait.
+  and adds dQ, so that the consumers need not wait.
 * Head dimensions 96 and 192 are tiles of 64 + 32 and 128 + 64 columns (D + TAIL).
 * Items go in sections whose Q, dO and dQ fit into L2 together, and longest first within a section.
 
@@ -64,7 +64,7 @@ from tilestack.kernels.attention.sm90_schedule import FIELDS, key_table, query_b
 
 LOG2E = 1.4426950408889634
 PREPARE_ROWS = 64
-FINISH_BLOCK = 4096
+FINISH_ROWS = 64
 Q_FREE = gl.constexpr(8)  # hardware barriers: Q_FREE + stage, DO_FREE + stage
 DO_FREE = gl.constexpr(11)
 DQ_FULL = gl.constexpr(14)
@@ -175,17 +175,16 @@ def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_d
 
 
 @gluon.jit
-def add_dq(desc, tail_desc, buffer, tail_buffer, row, head, D: gl.constexpr, TAIL: gl.constexpr):
-    line = head * ((D + TAIL) // 32)
-    tma_reduce_add(desc, [line, row, 0], buffer)
+def add_dq(desc, tail_desc, buffer, tail_buffer, row, D: gl.constexpr, TAIL: gl.constexpr):
+    tma_reduce_add(desc, [0, row, 0], buffer)
     if TAIL:
-        tma_reduce_add(tail_desc, [line + D // 32, row, 0], tail_buffer)
+        tma_reduce_add(tail_desc, [D // 32, row, 0], tail_buffer)
 
 
 @gluon.jit
-def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks, left, right,
-              HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-              TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks, total_q,
+              left, right, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+              D: gl.constexpr, TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
     """Adds the consumers' blocks of dQ to global memory, each in its turn: items of earlier keys first."""
     _, n_k, row_q, n_q, first_block, n, _, head, low, high, _ = key_item(
         items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
@@ -198,7 +197,7 @@ def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, s
         turn = turns + ((head + g) * n_q_blocks + first_block + m)
         barrier_sync(DQ_FULL + 0 * it, "288", 1)
         wait_for_turn(turn, n - first, 1)
-        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row_q + m * BLOCK_M, head + g, D, TAIL)
+        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, (head + g) * total_q + row_q + m * BLOCK_M, D, TAIL)
         tma.store_wait(0)
         barrier_arrive(DQ_FREE + 0 * it, "288", 1)
         pass_turn(turn, 1)
@@ -227,17 +226,17 @@ def store_tile(desc, pointer, value, staging, row, column, rows_left, stride, la
 
 
 @gluon.jit
-def sum_places(stride, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
-    """Where an accumulator's values lie in a scratch tensor: each 32 columns in the order of a thread's registers."""
+def sum_places(WIDTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Where an accumulator's values lie in a scratch tensor: each 16 columns in the order of a thread's registers."""
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
     columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
-    places = columns // 32 * 32 + columns // 2 % 4 * 8 + columns // 8 % 4 * 2 + columns % 2
-    return (rows * stride)[:, None] + places[None, :]
+    places = columns // 16 * 16 + columns // 2 % 4 * 4 + columns // 8 % 2 * 2 + columns % 2
+    return (rows * WIDTH)[:, None] + places[None, :]
 
 
 @gluon.jit
 def in_lines(x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """An accumulator as TMA adds it to a scratch tensor, [COLUMNS / 32, ROWS, 32], in the order of `sum_places`."""
+    """An accumulator as TMA adds it to a scratch tensor, [COLUMNS / 32, ROWS, 32]: each 32 columns in that order."""
     x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 32, 4, 4, 2]), [1, 0, 3, 2, 4])
     return gl.reshape(x, [COLUMNS // 32, ROWS, 32])
 
@@ -252,13 +251,15 @@ def product(a, b, a_tail, b_tail, zeros, TAIL: gl.constexpr):
 
 
 @gluon.jit
-def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
-              q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
-              kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
-              scale, scale2, softcap2, stride_dq, stride_dk,
+def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
+              q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+              lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
+              kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
+              left, right, scale, scale2, softcap2, stride_dk,
               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-              TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr, EARLY: gl.constexpr, HAS_LEFT: gl.constexpr,
-              HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
+              TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr,
+              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+              DETERMINISTIC: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = 128 // BLOCK_N  # warpgroups side by side over the queries of S', dP' and the D of dK, dV
     across: gl.constexpr = 128 // BLOCK_M  # and over the D of dQ
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // wide, wide], [16, BLOCK_M // wide, 16])
@@ -277,7 +278,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     dq_zeros = gl.zeros([BLOCK_M, D], gl.float32, dq_layout)
     dk_issued = warpgroup_mma_init(gl.zeros([BLOCK_N, D], gl.float32, kv_layout))
     dv = gl.zeros([BLOCK_N, D], gl.float32, kv_layout)
-    dq_places = sum_places(stride_dq, BLOCK_M, D, dq_layout)
+    dq_places = sum_places(D + TAIL, BLOCK_M, D, dq_layout)
     if TAIL:
         kv_tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // wide, wide], [16, TAIL // wide, 16])
         dq_tail_layout: gl.constexpr = gl.NVMMADistributedLayout(
@@ -287,7 +288,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         dq_tail_zeros = gl.zeros([BLOCK_M, TAIL], gl.float32, dq_tail_layout)
         dk_tail_issued = warpgroup_mma_init(gl.zeros([BLOCK_N, TAIL], gl.float32, kv_tail_layout))
         dv_tail = gl.zeros([BLOCK_N, TAIL], gl.float32, kv_tail_layout)
-        dq_tail_places = sum_places(stride_dq, BLOCK_M, TAIL, dq_tail_layout)
+        dq_tail_places = sum_places(D + TAIL, BLOCK_M, TAIL, dq_tail_layout)
     # query i sees key j if first_seen[j] <= i <= last_seen[j]; query blocks [masked_below, masked_from) see all keys
     keys = n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
     queries = gl.arange(0, BLOCK_M, layout=of_query)
@@ -362,16 +363,6 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         following = gl.where(stage + 1 == STAGES, 0, stage + 1)
         next_phase = gl.where(it + 1 == total, phase, gl.where(stage + 1 == STAGES, phase ^ 1, phase))
         next_stage = gl.where(it + 1 == total, stage, following)
-        if EARLY:
-            if wide == 1:
-                if TAIL:
-                    dv, dv_tail = warpgroup_mma_wait(0, deps=[dv_issued, dv_tail_issued])
-                else:
-                    dv = warpgroup_mma_wait(0, deps=[dv_issued])
-                barrier_arrive(DO_FREE + stage, "288", 8)
-            mbarrier.wait(q_full.index(next_stage), next_phase)
-            s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
-                               q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
         if DQ_SHARED and not DETERMINISTIC:
             tma.store_wait(0)  # the previous dQ has left shared memory
         thread_barrier()  # dS' (and P') of both warpgroups is there
@@ -383,16 +374,15 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         if TAIL:
             k_tail = k_tail_s.index(zero)
             dq_tail_issued = warpgroup_mma(ds_tile.permute((1, 0)), k_tail, dq_tail_zeros, use_acc=False, is_async=True)
-        if not EARLY:
-            if wide == 1:
-                if TAIL:
-                    dv, dv_tail = warpgroup_mma_wait(groups, deps=[dv_issued, dv_tail_issued])
-                else:
-                    dv = warpgroup_mma_wait(groups, deps=[dv_issued])
-                barrier_arrive(DO_FREE + stage, "288", 8)
-            mbarrier.wait(q_full.index(next_stage), next_phase)
-            s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
-                               q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
+        if wide == 1:
+            if TAIL:
+                dv, dv_tail = warpgroup_mma_wait(groups, deps=[dv_issued, dv_tail_issued])
+            else:
+                dv = warpgroup_mma_wait(groups, deps=[dv_issued])
+            barrier_arrive(DO_FREE + stage, "288", 8)
+        mbarrier.wait(q_full.index(next_stage), next_phase)
+        s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
+                           q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
         if wide == 1:
             dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q_s.index(stage), dk_done, is_async=True)
             if TAIL:
@@ -404,16 +394,16 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
                 dk_tail_issued = warpgroup_mma(ds_tile, q_tail_s.index(stage), dk_tail_done, is_async=True)
         if wide == 2:
             if TAIL:
-                dv, dv_tail = warpgroup_mma_wait((2 if EARLY else 3) * groups, deps=[dv_issued, dv_tail_issued])
+                dv, dv_tail = warpgroup_mma_wait(3 * groups, deps=[dv_issued, dv_tail_issued])
             else:
-                dv = warpgroup_mma_wait((2 if EARLY else 3) * groups, deps=[dv_issued])
+                dv = warpgroup_mma_wait(3 * groups, deps=[dv_issued])
             barrier_arrive(DO_FREE + stage, "288", 8)
         if TAIL:
             dq, dq_tail, s = warpgroup_mma_wait(groups, deps=[dq_issued, dq_tail_issued, s_issued])
         else:
             dq, s = warpgroup_mma_wait(groups, deps=[dq_issued, s_issued])
         if DQ_SHARED:
-            if DETERMINISTIC:
+            if DETERMINISTIC:  # noqa: SIM102
                 if it > 0:
                     barrier_sync(DQ_FREE + zero, "288", 8)
             dq_s.store(in_lines(dq, BLOCK_M, D))
@@ -424,9 +414,9 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
                 barrier_arrive(DQ_FULL + zero, "288", 8)
             else:
                 thread_barrier()  # dQ is there, and both warpgroups have read dS'
-                add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row_q + m * BLOCK_M, head, D, TAIL)
+                add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, head * total_q + row_q + m * BLOCK_M, D, TAIL)
         else:
-            corner = gl.cast(row_q + m * BLOCK_M, gl.int64) * stride_dq + head * (D + TAIL)
+            corner = (gl.cast(head, gl.int64) * total_q + row_q + m * BLOCK_M) * (D + TAIL)
             reduce_add(dq_sum + corner + dq_places, dq, 8)
             if TAIL:
                 reduce_add(dq_sum + corner + D + dq_tail_places, dq_tail, 8)
@@ -478,8 +468,8 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             store_rows(dv_ptr, dv_tail.to(dtype), row, column + D, rows_left, stride_dk, kv_tail_layout)
         tma.store_wait(0)
     else:  # other items add to the same dK and dV
-        corner = gl.cast(row, gl.int64) * stride_dk + column
-        places = sum_places(stride_dk, BLOCK_N, D, kv_layout)
+        corner = (gl.cast(kv_head, gl.int64) * total_k + row) * (D + TAIL)
+        places = sum_places(D + TAIL, BLOCK_N, D, kv_layout)
         if DETERMINISTIC:
             kv_heads = n_columns * HEADS // GROUP
             turn = turns + (n_columns * HEADS * n_q_blocks + index * kv_heads + kv_head)
@@ -488,22 +478,22 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         reduce_add(dk_sum + corner + places, dk, 8)
         reduce_add(dv_sum + corner + places, dv, 8)
         if TAIL:
-            tail_places = sum_places(stride_dk, BLOCK_N, TAIL, kv_tail_layout)
+            tail_places = sum_places(D + TAIL, BLOCK_N, TAIL, kv_tail_layout)
             reduce_add(dk_sum + corner + D + tail_places, dk_tail, 8)
             reduce_add(dv_sum + corner + D + tail_places, dv_tail, 8)
         if DETERMINISTIC:
             pass_turn(turn, 8)
 
 
-@gluon.jit(do_not_specialize=["section", "n_q_blocks", "total_q", "left", "right"])
+@gluon.jit(do_not_specialize=["section", "n_q_blocks", "total_q", "total_k", "left", "right"])
 def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
                               lse_ptr, delta_ptr, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr,
                               dq_sum, dk_sum, dv_sum, turns, items, n_columns, section, n_q_blocks, total_q,
-                              left, right, scale, scale2, softcap2, stride_dq, stride_dk,
+                              total_k, left, right, scale, scale2, softcap2, stride_dk,
                               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                              D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr, EARLY: gl.constexpr,
-                              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-                              DETERMINISTIC: gl.constexpr):  # fmt: skip
+                              D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
+                              DQ_SHARED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+                              HAS_SOFTCAP: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     scalars_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -538,27 +528,31 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
     # the compiler wants each partition's arguments spelled out in the call
     if DETERMINISTIC:
         gl.warp_specialize([
-            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
-                         q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
-                         kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
-                         scale, scale2, softcap2, stride_dq, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
-                         STAGES, CARRY, DQ_SHARED, EARLY, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
+                         q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                         lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
+                         kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
+                         left, right, scale, scale2, softcap2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
+                         STAGES, CARRY, DQ_SHARED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
             (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
-                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
+                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                        lse_s, delta_s,
                         kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
                         HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
             (dq_writer, (dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks,
-                         left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
+                         total_q, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns, q_s, k_s, v_s, do_s,
-                         q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
-                         kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
-                         scale, scale2, softcap2, stride_dq, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
-                         STAGES, CARRY, DQ_SHARED, EARLY, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
+                         q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                         lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
+                         kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
+                         left, right, scale, scale2, softcap2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
+                         STAGES, CARRY, DQ_SHARED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
             (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
-                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
+                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                        lse_s, delta_s,
                         kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
                         HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
         ], [1], [24])  # fmt: skip
@@ -586,7 +580,7 @@ def prepare_kernel(
     tl.store(delta_ptr + place, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), mask=exists)
     # every program clears its share of the scratch
     CHUNK: tl.constexpr = ROWS * BLOCK_D
-    chunk = (tl.program_id(0) * heads + head).to(tl.int64)
+    chunk = (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     for start in range(chunk * CHUNK, n_sums, tl.num_programs(0).to(tl.int64) * heads * CHUNK):
         sums = start + tl.arange(0, CHUNK)
         tl.store(sums_ptr + sums, tl.zeros([CHUNK], tl.float32), mask=sums < n_sums)
@@ -594,24 +588,33 @@ def prepare_kernel(
 
 @triton.jit
 def finish_kernel(
-    dq_sum_ptr, dk_sum_ptr, dv_sum_ptr, dq_ptr, dk_ptr, dv_ptr, n_dq, n_dkv, scale, dq_blocks, dkv_blocks,
-    BLOCK: tl.constexpr,
+    dq_sum_ptr, dk_sum_ptr, dv_sum_ptr, dq_ptr, dk_ptr, dv_ptr, heads, kv_heads, total_q, total_k, scale, n_dq, n_dkv,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DQ_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    if block < dq_blocks:
-        _round_sums(dq_sum_ptr, dq_ptr, block, n_dq, scale, BLOCK)
-    elif block < dq_blocks + dkv_blocks:
-        _round_sums(dk_sum_ptr, dk_ptr, block - dq_blocks, n_dkv, scale, BLOCK)
+    if block < n_dq:
+        _round_sums(dq_sum_ptr, dq_ptr, block, heads, total_q, scale, D, BLOCK_D, ROWS, DQ_COLUMNS)
+    elif block < n_dq + n_dkv:
+        _round_sums(dk_sum_ptr, dk_ptr, block - n_dq, kv_heads, total_k, scale, D, BLOCK_D, ROWS, 16)
     else:
-        _round_sums(dv_sum_ptr, dv_ptr, block - dq_blocks - dkv_blocks, n_dkv, 1.0, BLOCK)
+        _round_sums(dv_sum_ptr, dv_ptr, block - n_dq - n_dkv, kv_heads, total_k, 1.0, D, BLOCK_D, ROWS, 16)
 
 
 @triton.jit
-def _round_sums(sum_ptr, out_ptr, block, n, scale, BLOCK: tl.constexpr):
-    places = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.load(sum_ptr + places, mask=places < n, other=0.0) * scale
-    values = tl.permute(tl.reshape(sums.to(out_ptr.dtype.element_ty), [BLOCK // 32, 4, 4, 2]), [0, 2, 1, 3])
-    tl.store(out_ptr + places, tl.reshape(values, [BLOCK]), mask=places < n)
+def _round_sums(
+    sum_ptr, out_ptr, block, heads, total, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one head, [heads, total, D] to [total, heads, D]; each COLUMNS in the order of wgmma's registers."""
+    n_blocks = tl.cdiv(total, ROWS)
+    head = (block // n_blocks).to(tl.int64)
+    rows = block % n_blocks * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < total)[:, None] & (columns < D)[None, :]
+    sums = tl.load(sum_ptr + ((head * total + rows) * D)[:, None] + columns[None, :], mask=mask, other=0.0) * scale
+    values = tl.reshape(sums.to(out_ptr.dtype.element_ty), [ROWS, BLOCK_D // COLUMNS, 4, COLUMNS // 8, 2])
+    values = tl.reshape(tl.permute(values, [0, 1, 3, 2, 4]), [ROWS, BLOCK_D])
+    tl.store(out_ptr + ((rows.to(tl.int64) * heads + head) * D)[:, None] + columns[None, :], values, mask=mask)
 
 
 def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, out, lse, *, needs, params):
@@ -649,9 +652,9 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     new = {"dtype": torch.float32, "device": q.device}
     lse2, delta = torch.empty(2, heads * total_q, **new)
     # a block of rows may reach over the last row: what it adds there is 0
-    sizes = [(total_q + block_m) * heads * head_dim]
+    sizes = [(heads * total_q + block_m) * head_dim]
     if group > config.HEADS:
-        sizes += 2 * [(total_k + block_n) * kv_heads * head_dim]
+        sizes += 2 * [(kv_heads * total_k + block_n) * head_dim]
     sums = torch.empty(sum(sizes), **new)
     dq_sum, *others = sums.split(sizes)
     dk_sum, dv_sum = others or (dq_sum, dq_sum)  # not used
@@ -659,7 +662,7 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     if params.deterministic:
         turns = torch.zeros(heads * n_q_blocks + n_items * kv_heads, dtype=torch.int32, device=q.device)
     if config.DQ_SHARED:
-        lines = dq_sum.view(-1, heads * head_dim // 32, 32).transpose(0, 1)
+        lines = dq_sum.view(-1, head_dim // 32, 32).transpose(0, 1)
         dq_desc = tensor_descriptor(lines, [config.D // 32, block_m, 32])
         if config.TAIL:
             dq_tail_desc = tensor_descriptor(lines, [config.TAIL // 32, block_m, 32])
@@ -684,15 +687,16 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
         attention_backward_kernel[(n_items * n_columns,)](
             *descs, *tail_descs, lse2, delta, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
             dq_sum, dk_sum, dv_sum, turns, items, n_columns,
-            backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q,
+            backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q, total_k,
             params.window_left, params.window_right, params.softmax_scale, scale2, params.softcap * LOG2E,
-            heads * head_dim, kv_heads * head_dim, GROUP=group, **vars(config),
+            kv_heads * head_dim, GROUP=group, **vars(config),
             HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, HAS_SOFTCAP=params.softcap > 0,
             DETERMINISTIC=params.deterministic, num_warps=8,
         )  # fmt: skip
-        n_blocks = [launch.cdiv(each.numel(), FINISH_BLOCK) for each in (dq, dk)]
-        finish_kernel[(n_blocks[0] + (2 * n_blocks[1] if group > config.HEADS else 0),)](
-            dq_sum, dk_sum, dv_sum, dq, dk, dv, dq.numel(), dk.numel(), params.softmax_scale, *n_blocks,
-            BLOCK=FINISH_BLOCK, num_warps=4,
+        n_dq, n_dkv = launch.cdiv(total_q, FINISH_ROWS) * heads, launch.cdiv(total_k, FINISH_ROWS) * kv_heads
+        finish_kernel[(n_dq + (2 * n_dkv if group > config.HEADS else 0),)](
+            dq_sum, dk_sum, dv_sum, dq, dk, dv, heads, kv_heads, total_q, total_k, params.softmax_scale, n_dq, n_dkv,
+            D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=FINISH_ROWS,
+            DQ_COLUMNS=32 if config.DQ_SHARED else 16, num_warps=4,
         )  # fmt: skip
     return dq, dk, dv, delta

@@ -34,15 +34,14 @@ class Backward:
     HEADS: int
     CARRY: bool
     DQ_SHARED: bool
-    EARLY: bool
 
 
-BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_SHARED, EARLY
-    64: (128, 128, 64, 0, 2, False, True, False),
-    96: (64, 128, 64, 32, 3, True, True, False),
-    128: (64, 128, 128, 0, 3, True, True, False),
-    192: (64, 64, 128, 64, 2, False, True, False),
-    256: (64, 64, 256, 0, 2, False, False, False),
+BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_SHARED
+    64: (128, 128, 64, 0, 2, False, True),
+    96: (64, 128, 64, 32, 3, True, True),
+    128: (64, 128, 128, 0, 3, True, True),
+    192: (64, 64, 128, 64, 2, False, True),
+    256: (64, 64, 256, 0, 2, False, False),
 }
 
 
@@ -56,10 +55,10 @@ def covering(head_dim: int) -> int:
 
 def backward_config(head_dim: int, group: int, softcap: bool, deterministic: bool) -> Backward:
     """Two query heads an item: K and V are loaded for twice the work, and there are still items enough."""
-    block_m, block_n, main, tail, stages, carry, shared, early = BACKWARD[head_dim]
+    block_m, block_n, main, tail, stages, carry, shared = BACKWARD[head_dim]
     if softcap:  # one more tile of registers
         block_m, carry = 64, False
-    return Backward(block_m, block_n, main, tail, stages, 2 if group % 2 == 0 else 1, carry, shared, early)
+    return Backward(block_m, block_n, main, tail, stages, 2 if group % 2 == 0 else 1, carry, shared)
 
 
 def _largest_divisor(n: int, limit: int) -> int:
