@@ -1,4 +1,4 @@
-"""The Hopper kernels of attention on the CPU, in the Gluon emulator: numbers, and planted synchronisation bugs."""
+"""The Hopper kernels of attention on the CPU, in the Gluon emulator: forward and backward together."""
 
 import pytest
 import torch
