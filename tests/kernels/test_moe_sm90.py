@@ -42,6 +42,7 @@ CASES = {  # T, H, I, E, K, routing, weights
     "balanced": (150, 256, 256, 3, 2, balanced, True),
     "skewed, more tiles than programs, more steps than stages": (300, 320, 128, 5, 2, skewed, True),
     "one expert takes all, the others are empty": (200, 128, 128, 4, 1, one_takes_all, True),
+    "more blocks of an expert than go column by column": (600, 320, 64, 2, 1, one_takes_all, True),
     "one route a token, no weights, 77 tokens": (77, 64, 64, 3, 1, balanced, False),
     "ids of other ranks, H and I of partial tiles": (90, 192, 192, 4, 3, partly_elsewhere, True),
     "one token": (1, 128, 320, 20, 16, balanced, True),
@@ -65,18 +66,19 @@ def make(case, dtype):
     return tensors, random(tokens, hidden)
 
 
-def run_hopper(tensors, dout, emulator, monkeypatch, needs):
+def run_hopper(tensors, dout, emulator, monkeypatch, needs, keep=True, totals=(None, None)):
     """Out and gradients of the emulated kernels, with 2 programs in place of a GPU's multiprocessors."""
+    params = MoEParams(keep)
     with monkeypatch.context() as patch:
         for module, name in KERNELS:
             patch.setattr(module, name, emulator.launcher(getattr(module, name)))
         patch.setattr("tilestack.kernels.launch.multiprocessors", lambda tensor: 2)
         x, gate_up, down, topk_ids, topk_weights = tensors
-        out, *auxiliary = sm90_gluon.forward(*tensors, MoEParams())
-        fake = sm90_gluon.fake_auxiliary(*tensors, MoEParams())
+        out, *auxiliary = sm90_gluon.forward(*tensors, *totals, params)
+        fake = sm90_gluon.fake_auxiliary(*tensors, *totals, params)
         assert [(each.shape, each.dtype) for each in auxiliary] == [(each.shape, each.dtype) for each in fake]
-        saved = (x, gate_up, down, topk_ids, topk_weights, *auxiliary)
-        gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=MoEParams())
+        saved = (x, gate_up, down, topk_ids, topk_weights, *totals, *auxiliary)
+        gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=params)
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
 
@@ -84,8 +86,8 @@ def run_reference(tensors, dout, dtype, needs):
     tensors = [each.to(dtype) if each is not None and each.is_floating_point() else each for each in tensors]
     if tensors[4] is not None:
         tensors[4] = tensors[4].to(torch.promote_types(dtype, torch.float32))
-    (out,) = reference.forward(*tensors, MoEParams())
-    gradients = reference.backward(dout.to(dtype), *tensors, needs=needs, params=MoEParams())
+    (out,) = reference.forward(*tensors, None, None, MoEParams(True))
+    gradients = reference.backward(dout.to(dtype), *tensors, None, None, needs=needs, params=MoEParams(True))
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
 
@@ -112,6 +114,27 @@ def test_emulated_hopper_kernels_take_float16(monkeypatch):
 )
 def test_a_gradient_that_nobody_needs_changes_no_other(needs, monkeypatch):
     check(CASES["one expert takes all, the others are empty"], Emulator(), monkeypatch, needs=needs)
+
+
+def test_a_pre_activation_that_is_made_again_gives_the_same_bits(monkeypatch):
+    tensors, dout = make(CASES["ids of other ranks, H and I of partial tiles"], torch.bfloat16)
+    kept, made_again = (run_hopper(tensors, dout, Emulator(), monkeypatch, NEEDS, keep) for keep in (True, False))
+    assert all(torch.equal(kept[name], made_again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_weights_are_added_to_what_is_there(dtype, monkeypatch):
+    tensors, dout = make(CASES["ids of other ranks, H and I of partial tiles"], torch.bfloat16)
+    before = [torch.randn(each.shape).to(dtype) for each in tensors[1:3]]
+    totals = [each.clone() for each in before]
+    plain = run_hopper(tensors, dout, Emulator(), monkeypatch, NEEDS)
+    found = run_hopper(tensors, dout, Emulator(), monkeypatch, ("x", "topk_weights"), totals=totals)
+    assert all(torch.equal(found[name], plain[name]) for name in ("out", "x", "topk_weights"))
+    exact = run_reference(tensors, dout, torch.float64, NEEDS)
+    for name, start, total in zip(("gate_up", "down"), before, totals, strict=True):
+        wide = start.double() + exact[name]
+        # what autograd would add: the gradient in the weights' dtype, rounded again if the sum is narrow
+        assert_close(name, total, (start.float() + plain[name].float()).to(dtype), wide)
 
 
 def test_an_empty_batch_and_routes_without_an_expert_give_zeros(monkeypatch):
@@ -166,7 +189,7 @@ PLANTED = {  # the module, lines of its source, and what they become
     "the tile before has not left": (ROWS, "            tma.store_wait(0)\n            thread_barrier()\n", ""),
     "the activation does not wait for the product": (
         ACTIVATION,
-        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 8 == 0)",
+        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=group % 4 == 0)",
         "pass",
     ),
     "the product does not wait for the activation": (
@@ -174,13 +197,29 @@ PLANTED = {  # the module, lines of its source, and what they become
         "            mbarrier.wait(free.index(which), (handed & 1) ^ 1)\n",
         "",
     ),
-    "the activation gives its tile back too early": (ACTIVATION, "pred=piece % 8 == 7", "pred=piece % 8 == 0"),
+    "the activation gives its tile back too early": (
+        ACTIVATION,
+        "free.index(which), count=1, pred=group % 4 == 3",
+        "free.index(which), count=1, pred=group % 4 == 2",
+    ),
     "the activation never gives its tile back": (
         ACTIVATION,
-        "            mbarrier.arrive(free.index(which), count=1, pred=piece % 8 == 7)\n",
+        "            mbarrier.arrive(free.index(which), count=1, pred=group % 4 == 3)\n",
         "",
     ),
-    "routing weights of the wrong tile": (ACTIVATION, "(turn ^ 1) * 4", "turn * 4"),
+    "gates and ups are read before they have come": (
+        ACTIVATION,
+        "                mbarrier.wait(loaded.index(chunk), phase)\n",
+        "",
+    ),
+    "gates and ups are sent for before they are read": (
+        ACTIVATION,
+        "                mbarrier.wait(loaded.index(chunk), phase)\n",
+        "                mbarrier.wait(loaded.index(chunk), phase)\n                "
+        "load_piece(pre_desc, load_row, load_column + chunk * 64, pre_s, loaded, chunk, I, has_next)\n",
+    ),
+    "gates and ups are sent for behind the last tile": (ACTIVATION, "chunk, I, has_next)", "chunk, I, True)"),
+    "gates and ups of the wrong tile": (ACTIVATION, "gl.where(is_last, next_row, row", "gl.where(is_last, row, row"),
     "gathered rows are not waited for": (
         WEIGHTS,
         "            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",

@@ -269,11 +269,12 @@ class Emulator:
         named.update({name: value for name, value in options.items() if name in kernel.arg_names})
         arguments = [self._argument(named[name]) for name in kernel.arg_names]
         self.grid = (*grid, 1, 1)[:3]
+        warps = options.get("num_warps", 4)
         programs = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(self.grid)))]
         for program in reversed(programs) if self.reversed else programs:
             self.named.clear()
             self.mbarriers.clear()
-            with self._partition(program):
+            with self._partition(program, warps):
                 function(*arguments)
             if any(count for count, _ in self.named.values()):
                 raise ProtocolError("a named barrier was left half full")
@@ -306,9 +307,9 @@ class Emulator:
         return Descriptor(value) if hasattr(value, "block_shape") else value
 
     @contextlib.contextmanager
-    def _partition(self, program: tuple[int, int, int]) -> Iterator[None]:
+    def _partition(self, program: tuple[int, int, int], warps: int) -> Iterator[None]:
         here = self.here
-        here.program, here.products, here.stores, here.copies = program, [], [], []
+        here.program, here.warps, here.products, here.stores, here.copies = program, warps, [], [], []
         yield
         for what, queue in (("wgmma", here.products), ("TMA store", here.stores), ("cp.async", here.copies)):
             if queue:
@@ -317,16 +318,14 @@ class Emulator:
     # ---- partitions and barriers
 
     def warp_specialize(self, partitions: list, worker_warps: list[int], worker_registers: list[int]) -> None:
-        program = self.here.program
+        program, all_warps = self.here.program, (self.here.warps, *worker_warps)
 
-        def body(function: Callable, args: tuple, warps: int) -> None:
-            with self._partition(program):
-                self.here.warps = warps
+        def body(warps: int, function: Callable, args: tuple) -> None:
+            with self._partition(program, warps):
                 function(*args)
 
-        warps = [0, *worker_warps]  # of the first partition it is not known, and it copies nothing
-        bodies = zip(partitions, warps, strict=True)
-        self.scheduler.run([lambda each=each, n=n: body(*each, n) for each, n in bodies])
+        each_of = zip(all_warps, partitions, strict=True)
+        self.scheduler.run([lambda warps=warps, each=each: body(warps, *each) for warps, each in each_of])
 
     def barrier(self, index: Any, threads: str, num_warps: int, wait: bool) -> None:
         state = self.named.setdefault(int(index), [0, 0])  # threads that came, turns that are over
@@ -398,7 +397,8 @@ class Emulator:
     def copy_arrive(self, barrier: Mbarrier, increment_count: bool = True) -> None:
         if increment_count:
             raise ProtocolError("cp.async arrivals must be counted in the mbarrier's init (increment_count=False)")
-        pending, self.here.copies, threads = self.here.copies, [], 32 * self.here.warps
+        pending, self.here.copies = self.here.copies, []
+        threads = 32 * self.here.warps
 
         def arrive() -> None:
             for copy in pending:

@@ -17,11 +17,13 @@ from tilestack.kernels._gluon import (
     reciprocal,
     thread_barrier,
     tma,
+    tma_reduce_add,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-SECOND = gl.constexpr(16)  # the bit of a block's expert that says that its second half has rows
+SECOND = gl.constexpr(16)  # the bit beside an expert that says that its last block's second half has rows
+FEW_BLOCKS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -31,10 +33,10 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def init_ring(full, empty, STAGES: gl.constexpr, GATHER: gl.constexpr):
+def init_ring(full, empty, STAGES: gl.constexpr, GATHER_WARPS: gl.constexpr):
     for stage in gl.static_range(STAGES):
-        # one thread announces the bytes of TMA; each of the 128 that gather arrives when its copies have
-        mbarrier.init(full.index(stage), count=129 if GATHER else 1)
+        # one thread announces the bytes of TMA; each of those that gather arrives when its copies have
+        mbarrier.init(full.index(stage), count=1 + 32 * GATHER_WARPS)
         mbarrier.init(empty.index(stage), count=2)
 
 
@@ -80,27 +82,41 @@ def gathered(source, routes, stride, first_column, WIDTH: gl.constexpr, TOP_K: g
 
 
 @gluon.jit
-def row_tile(block, block_expert, block_row):
-    """The expert of a block of rows, its first row, and whether its second half has rows."""
-    packed = gl.load(block_expert + block)
-    return packed & ((1 << SECOND) - 1), gl.load(block_row + block), packed >> SECOND
+def row_tile(t, blocks, N_TILES: gl.constexpr):
+    """Tile t of a product over rows: its expert, first row, whether its second half has rows, its place n of N_TILES.
+
+    An expert's tiles go block by block, or n by n if it has few blocks: the weight's columns are then most of what a
+    tile reads, and go to neighbours while they are in L2."""
+    entry = blocks + (t // N_TILES) * 4  # of any block of the expert
+    packed = gl.load(entry)
+    first = gl.load(entry + 1)
+    count = gl.load(entry + 2)
+    row = gl.load(entry + 3)
+    place = t - first * N_TILES
+    by_columns = count <= FEW_BLOCKS
+    inner = gl.where(by_columns, count, N_TILES)
+    outer = place // inner
+    inner = place - outer * inner
+    block = gl.where(by_columns, inner, outer)
+    n = gl.where(by_columns, outer, inner)
+    has_second = gl.where(block + 1 == count, packed >> SECOND, 1)
+    return packed & ((1 << SECOND) - 1), row + block * 128, has_second, n
 
 
 @gluon.jit
-def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
+def row_producer(a_desc, source, weight_desc, row_to_route, blocks, n_blocks, a_s, b_s, full, empty,
                  stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
-                 GATHER: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
+                 GATHER_WARPS: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
                  STAGES: gl.constexpr):  # fmt: skip
-    """Loads the operands of a product over rows, tile after tile: rows of a block (GATHER: of `source`, by token) and a
-    part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them gates, half
-    ups) or its columns n."""
+    """Loads the operands of a product over rows, tile after tile: rows of a block (with GATHER_WARPS of `source`, by
+    token) and a part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them
+    gates, half ups) or its columns n."""
     stage = 0
     phase = 0
     for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
-        n = t % N_TILES
-        expert, row, has_second = row_tile(t // N_TILES, block_expert, block_row)
-        if GATHER:
-            gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        expert, row, has_second, n = row_tile(t, blocks, N_TILES)
+        if GATHER_WARPS:
+            gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHER_WARPS, 1], [1, 0])
             half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))
             routes_0 = gl.load(row_to_route + (row + half))
             routes_1 = gl.where(has_second > 0, gl.load(row_to_route + (row + 64 + half)), -1)
@@ -110,7 +126,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
             rows_1 = gathered(source, routes_1, stride, 0, 64, TOP_K, gather)
         for step in range(STEPS):
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            if GATHER:
+            if GATHER_WARPS:
                 mbarrier.expect(full.index(stage), 256 * 64 * 2)
             else:
                 mbarrier.expect(full.index(stage), (256 + 128) * 64 * 2)
@@ -130,7 +146,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
                 tma.async_copy_global_to_shared(
                     weight_desc, [expert * EXPERT_ROWS + step * 64, n * 256], full.index(stage), b_s.index(stage)
                 )
-            if GATHER:
+            if GATHER_WARPS:
                 async_copy.async_copy_global_to_shared(a_s.index(stage * 2), rows_0 + step * 64, is_row_0)
                 async_copy.async_copy_global_to_shared(a_s.index(stage * 2 + 1), rows_1 + step * 64, is_row_1)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
@@ -140,7 +156,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
                     a_desc, [row + 64, step * 64], full.index(stage), a_s.index(stage * 2 + 1)
                 )
             stage, phase = next_stage(stage, phase, STAGES)
-    if GATHER:
+    if GATHER_WARPS:
         async_copy.wait_group(0)
 
 
@@ -162,8 +178,9 @@ def quarters(acc):
 
 
 @gluon.jit
-def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: gl.constexpr, CHUNKS: gl.constexpr):
-    """Write the tile's chunk number `index` [64, 64] through this consumer's ring of CHUNKS buffers.
+def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: gl.constexpr, CHUNKS: gl.constexpr,
+                ADD: gl.constexpr):  # fmt: skip
+    """Write the tile's chunk number `index` [64, 64], or add it, through this consumer's ring of CHUNKS buffers.
 
     The ring is empty when a tile begins (tma.store_wait(0))."""
     if index >= CHUNKS:
@@ -173,7 +190,10 @@ def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: g
     buffer.store(chunk)
     fence_async_shared()
     thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+    if ADD:
+        tma_reduce_add(desc, [row, column], buffer)
+    else:
+        tma.async_copy_shared_to_global(desc, [row, column], buffer)
 
 
 @gluon.jit
