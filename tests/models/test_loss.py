@@ -172,3 +172,20 @@ def test_a_backbone_with_another_head_can_be_enabled():
     enable(enabled)
     ids = tokens(2, 8)
     torch.testing.assert_close(enabled(ids).logits, plain(ids).logits)
+
+
+def test_the_heads_gradient_is_added_in_place_only_where_nothing_hooks_its_weight():
+    ours = ours_like(plain_model())
+    ids = tokens(2, 8)
+    weight = ours.lm_head.weight
+    ours(ids, labels=ids).loss.backward()
+    expected, weight.grad = weight.grad, None
+    weight.gradient_sum = torch.ones_like(weight)
+    ours(ids, labels=ids).loss.backward()
+    assert weight.grad is None
+    torch.testing.assert_close(weight.gradient_sum, 1 + expected)
+    hook = weight.register_hook(lambda gradient: gradient)
+    ours(ids, labels=ids).loss.backward()
+    assert torch.equal(weight.grad, expected)
+    torch.testing.assert_close(weight.gradient_sum, 1 + expected)
+    hook.remove()
