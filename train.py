@@ -43,7 +43,8 @@ def train(config: Config, resumed: Run | None) -> None:
     # APPLICATION: text
     source = open_source(config.data)
     tokenizer = open_tokenizer_of(config, resumed, source)
-    shared = (source, tokenizer, config.data, world.rank, world.world_size)
+    data_rank, data_ranks = config.distributed.data_ranks(world.rank, world.world_size)
+    shared = (source, tokenizer, config.data, data_rank, data_ranks)
     held_out = held_out_batches(*shared, config.train.eval_micro_batches)
 
     # MODEL ARCHITECTURES, on OPTIMIZED KERNELS: from_pretrained, or new weights
@@ -55,7 +56,7 @@ def train(config: Config, resumed: Run | None) -> None:
         model,
         config.optimizer,
         config.distributed,
-        accumulation=config.train.micro_batches // world.world_size,
+        accumulation=config.train.micro_batches // data_ranks,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
     )

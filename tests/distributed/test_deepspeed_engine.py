@@ -18,6 +18,7 @@ from tilestack.distributed import DistributedConfig, make_engine
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("0", "1", "2", "3", "1-experts-2", "2-experts-2")
+ROWS = ("1-rows", "2-experts-2-rows", "3-rows")
 ALONE = "1"  # the setting that also runs in a single process
 
 
@@ -38,6 +39,7 @@ def folder(tmp_path_factory) -> Path:
             prepare(folder)
             torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
             launch(*torchrun, worker.__file__, folder, *SETTINGS)
+            launch(*torchrun, worker.__file__, folder, *ROWS)
             (folder / "alone").mkdir()
             prepare(folder / "alone")
             launch(worker.__file__, folder / "alone", ALONE)
@@ -181,7 +183,7 @@ def test_a_checkpoint_resumes_under_another_split(folder):
 
 def test_a_single_process_takes_up_what_two_saved(folder):
     _, expected = one_process()
-    for setting in SETTINGS:
+    for setting in (*SETTINGS, *ROWS):
         engine, _ = one_process(steps=0)
         engine.load(folder / f"checkpoint-{setting}")
         found = [engine.train_step(global_step(s, worker.MICRO_BATCHES), lr=1e-2) for s in (3, 4)]
@@ -196,3 +198,19 @@ def test_each_rank_writes_its_own_part_and_no_pickle(run):
 def test_moe_blocks_and_attention_are_leaves_under_zero_3(run):
     expected = [f"model.layers.{layer}.{module}" for layer in range(2) for module in ("mlp", "self_attn")]
     assert run["leaves"] == (sorted(expected) if run["setting"] == "3" else [])
+
+
+@pytest.mark.parametrize("setting", ROWS)
+def test_ranks_that_share_every_row_take_the_steps_of_one_process(setting, folder):
+    # rows of odd lengths too, which the ranks do not divide, with documents that reach over the cut
+    found, other_rank = results(folder, setting, 2)
+    assert found == other_rank
+    engine, expected = one_process()
+    for step, after in zip(found["steps"], expected, strict=True):
+        for key in ("loss", "aux_loss"):
+            assert step[key] == pytest.approx(after[key], rel=1e-5), key
+        assert step["grad_norm"] == pytest.approx(after["grad_norm"], rel=1e-4)
+    for step, after in zip(found["from alone"], expected[3:], strict=True):
+        assert step["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    batches = [micro_batch(7), micro_batch(17, lengths=(20, 29))]
+    assert found["evaluation"] == pytest.approx(engine.evaluate(batches), rel=1e-5)

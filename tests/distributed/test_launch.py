@@ -14,6 +14,7 @@ from distributed.tiny import tiny_model
 from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, SettingsError, World, launch
 from tilestack.distributed.deepspeed_settings import deepspeed_settings
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts
+from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 
 CPU = torch.device("cpu")
 
@@ -93,10 +94,11 @@ def test_our_moe_blocks_are_marked_as_leaves_which_deepspeed_would_not_know():
     [
         (DistributedConfig(engine="deepspeed", zero=2, expert_parallel=3), "must divide the number of processes, 4"),
         (DistributedConfig(engine="deepspeed", zero=3, expert_parallel=2), "ZeRO 1 or 2, got distributed.zero = 3"),
+        (DistributedConfig(engine="deepspeed", sequence_parallel=3), "sequence_parallel = 3 must divide the number of"),
     ],
-    ids=["ranks", "stage"],
+    ids=["experts", "stage", "rows"],
 )
-def test_a_split_of_the_experts_that_cannot_be_is_refused_before_deepspeed_starts(distributed, said):
+def test_a_split_that_cannot_be_is_refused_before_deepspeed_starts(distributed, said):
     from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 
     with pytest.raises(SettingsError, match=said):
@@ -110,6 +112,12 @@ def test_experts_that_cannot_be_split_are_refused(ranks, said):
         model.set_experts_implementation("grouped_mm")
     with pytest.raises(SettingsError, match=said):
         split_experts(model, ExpertGroup(None, 0, ranks, "experts"), chunks=1)
+
+
+@pytest.mark.parametrize("ranks", [3, 8])
+def test_heads_that_cannot_be_shared_out_are_refused(ranks):
+    with pytest.raises(SettingsError, match=f"sequence_parallel = {ranks} must divide the model's 4 query heads"):
+        shard_sequences(tiny_model(), Ulysses(None, 0, ranks))
 
 
 class TestTheDeepSpeedConfiguration:

@@ -1,7 +1,9 @@
 """What torchrun starts for test_deepspeed_engine.py: trains the tiny model under one setting after another.
 
 usage: worker.py FOLDER SETTING..., with a checkpoint in FOLDER/model and a DeepSpeed file own-<zero>.json a stage. A
-setting is a ZeRO stage ("3"), or one with so many ranks that share the experts ("2-experts-2").
+setting is a ZeRO stage ("3"), one with ranks that share the experts ("2-experts-2"), or the like where all ranks
+also share the rows of tokens ("3-rows", "2-experts-2-rows"). DeepSpeed learns of the latter once a process, so settings
+with and without it do not go together.
 Every rank writes FOLDER/<setting>-rank-<rank>.json.
 """
 
@@ -25,9 +27,10 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
 
 def make(folder: Path, distributed: DistributedConfig, dtype=torch.float32, **options):
     world = start(distributed)
+    _, data_ranks = distributed.data_ranks(world.rank, world.world_size)
     with build_model(distributed, dtype):
         model = Qwen3MoeForCausalLM.from_pretrained(folder / "model", dtype=dtype)
-    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // world.world_size, **options)
+    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // data_ranks, **options)
 
 
 def own_share(engine, step: int) -> list[dict]:
@@ -77,6 +80,8 @@ def message(call, *arguments) -> str:
 
 
 def chosen(setting: str, **options) -> DistributedConfig:
+    if setting.endswith("-rows"):
+        setting, options["sequence_parallel"] = setting.removesuffix("-rows"), int(os.environ["WORLD_SIZE"])
     zero, _, experts = setting.partition("-experts-")
     return DistributedConfig(engine="deepspeed", zero=int(zero), expert_parallel=int(experts or 1), **options)
 
@@ -126,10 +131,28 @@ def run_reshaped(folder: Path, settings: list[str]) -> dict:
     return found
 
 
+def run_shared_rows(folder: Path, setting: str) -> dict:
+    """All ranks have all micro-batches, and each computes a part of each."""
+    engine = make(folder, chosen(setting))
+    batches = [global_step(step, MICRO_BATCHES) for step in range(STEPS)]
+    found = {"steps": [measured(engine.train_step(each, lr=1e-2)) for each in batches[:3]]}
+    checkpoint = folder / f"checkpoint-{setting}"
+    checkpoint.mkdir(exist_ok=True)
+    engine.save(checkpoint)
+    found["steps"] += [measured(engine.train_step(each, lr=1e-2)) for each in batches[3:]]
+    found["evaluation"] = engine.evaluate([micro_batch(7), micro_batch(17, lengths=(20, 29))])
+    resumed = make(folder, chosen(setting))
+    resumed.load(folder / "checkpoint-alone")
+    found["from alone"] = [measured(resumed.train_step(each, lr=1e-2)) for each in batches[3:]]
+    return found
+
+
 def main() -> None:
     folder, settings = Path(sys.argv[1]), sys.argv[2:]
-    results = {setting: run_setting(folder, setting) for setting in settings}
-    if len(settings) > 1:
+    shares_rows = settings[0].endswith("-rows")
+    run = run_shared_rows if shares_rows else run_setting
+    results = {setting: run(folder, setting) for setting in settings}
+    if len(settings) > 1 and not shares_rows:
         results["reshaped"] = run_reshaped(folder, settings)
     for name, found in results.items():
         (folder / f"{name}-rank-{os.environ['RANK']}.json").write_text(json.dumps(found))

@@ -142,6 +142,12 @@ def wrong(**changes):
         (wrong(num_items=-1), "num_items must be at least 0, got -1"),
         (wrong(token_weights=torch.ones(6)), r"token_weights must be \[7\].*got \[6\]"),
         (wrong(token_weights=torch.ones(7).half()), "token_weights must be torch.float32, got torch.float16"),
+        (wrong(weight_gradient_sum=torch.zeros(50, 8)), r"weight_gradient_sum must be \[50, 16\].*got \[50, 8\]"),
+        (wrong(weight_gradient_sum=torch.zeros(50, 16).half()), "weight_gradient_sum must be torch.float32"),
+        (
+            wrong(hidden=torch.zeros(7, 16), weight_gradient_sum=torch.zeros(50, 16)),
+            "weight_gradient_sum is written in backward, which needs hidden to require a gradient",
+        ),
         (wrong(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], got 1.5"),
         (wrong(z_loss=-1e-4), "z_loss must be at least 0, got -0.0001"),
         (wrong(softcap=0.0), "softcap must be a number above 0, or None for none, got 0.0"),
@@ -177,6 +183,32 @@ def test_freezing_one_input_does_not_change_the_gradient_of_the_other(frozen, re
         return tensors["weight" if frozen == "hidden" else "hidden"].grad
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_micro_batches_add_the_gradient_of_weight_in_place(implementation, reduction, small_chunks):
+    """Both forwards come first, as in a pipeline."""
+    hidden, weight, labels = example(tokens=300)
+    halves = (slice(0, 140), slice(140, 300))
+    options = {"reduction": reduction, "implementation": implementation}
+    start = torch.randn(weight.shape, device=DEVICE)
+    total, expected = start.clone(), start.clone()
+    losses = [
+        linear_cross_entropy(hidden[half], weight, labels[half], weight_gradient_sum=total, **options)
+        for half in halves
+    ]
+    for loss in losses:
+        (2 * loss.sum()).backward()
+    found, hidden.grad = hidden.grad, None
+    assert weight.grad is None
+    for half in halves:
+        (2 * linear_cross_entropy(hidden[half], weight, labels[half], **options).sum()).backward()
+        expected += weight.grad
+        weight.grad = None
+    assert torch.equal(found, hidden.grad)
+    torch.testing.assert_close(total, expected)
+    assert not torch.equal(total, start)
 
 
 def test_tied_weights_get_the_gradient_of_both_uses():
@@ -225,7 +257,7 @@ def test_opcheck_passes(implementation, reduction, grad):
     num_items = torch.tensor(4, device=DEVICE) if reduction == "mean" else None
     forward = getattr(torch.ops.tilestack, f"linear_cross_entropy_forward_{implementation.split('-')[-1]}").default
     torch.library.opcheck(
-        forward, (hidden, weight, labels, num_items, None, -100, reduction, 0.1, 1e-3, 20.0, grad, grad)
+        forward, (hidden, weight, labels, num_items, None, None, -100, reduction, 0.1, 1e-3, 20.0, grad, grad)
     )
 
 

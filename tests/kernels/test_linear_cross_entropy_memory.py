@@ -64,10 +64,11 @@ def run(implementation, *, reduction="mean", gradients=("hidden", "weight"), bac
     num_items = torch.tensor(TOKENS, device=DEVICE) if reduction == "mean" else None
     params = op.LinearCrossEntropyParams(-100, reduction, 0.0, 0.0, 0.0, "hidden" in gradients, "weight" in gradients)
     with Recorder() as forward_recorder:
-        loss, _, *auxiliaries = implementation.forward(hidden, weight, labels, num_items, None, params)
+        loss, _, *auxiliaries = implementation.forward(hidden, weight, labels, num_items, None, None, params)
     if not backward:
         return forward_recorder, None
-    named = {"hidden": hidden, "weight": weight, "labels": labels, "num_items": num_items, "token_weights": None}
+    named = {"hidden": hidden, "weight": weight, "labels": labels, "num_items": num_items}
+    named |= {"token_weights": None, "weight_gradient_sum": None}
     named |= dict(zip(implementation.AUXILIARY, auxiliaries, strict=True))
     saved = [next((named[n] for n in key.split("|") if named[n] is not None and named[n].numel()), None)
              for key in implementation.SAVED]  # fmt: skip

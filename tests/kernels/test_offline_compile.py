@@ -19,12 +19,37 @@ ROOT = Path(__file__).parents[2]
 LIKE_OTHERS = ("sm_86", "sm_89")
 TARGETS = tuple(each for each in offline.TARGETS if each not in LIKE_OTHERS)
 # (kernel, target): how many spills are allowed, and why. A smaller number that holds must be written down.
+UNEVEN = "lengths that are no multiple of 16, whose loads take more registers"
 ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
-    ("attention_fwd_kernel", "sm_80"): (9, "with a left window, which needs a third loop"),
+    ("attention_fwd_kernel", "sm_80"): (34, "with a left window, which needs a third loop; 9 with Triton 3.6"),
+    ("attention_fwd_kernel", "sm_90"): (2, "head dimensions over 128"),
+    ("attention_bwd_dq_kernel", "sm_100"): (2, UNEVEN),
+    ("attention_bwd_dk_dv_kernel", "sm_80"): (32, UNEVEN),
+    ("attention_bwd_dk_dv_kernel", "sm_86"): (8, UNEVEN),
+    ("attention_bwd_dk_dv_kernel", "sm_89"): (8, UNEVEN),
     ("attention_bwd_dk_dv_kernel", "sm_90"): (147, "what a loop does not change; its body reloads, and stores nothing"),
     ("attention_forward_kernel", "sm_90"): (11, "causal, with Triton 3.8 alone; none with 3.6"),
-    ("attention_backward_kernel", "sm_90"): (2, "with Triton 3.7 alone; none with 3.6"),
+    ("attention_backward_kernel", "sm_90"): (10, "with Triton 3.7 and 3.8 alone; none with 3.6"),
     ("attention_bwd_dk_dv_kernel", "sm_100"): (85, "packed input and single queries; as on sm_90"),
+    ("attention_bwd_dk_dv_kernel", "sm_120"): (16, UNEVEN),
+    ("attention_kvcache_kernel", "sm_90"): (
+        16,
+        "a chunk of D 128 with Triton 3.8, of D 256 with 3.6: fastest on an H100",
+    ),
+    ("attention_kvcache_kernel", "sm_86"): (2, "decoding with Triton 3.6 alone"),
+    ("attention_kvcache_kernel", "sm_89"): (3, "with Triton 3.6 alone"),
+    ("attention_kvcache_kernel", "sm_120"): (3, "decoding with Triton 3.6 alone"),
+}
+# with a soft cap, ALiBi or dropout; smaller tiles spill less and are slower, as an H100 showed
+FEATURES = ("HAS_SOFTCAP=True", "HAS_ALIBI=True", "HAS_DROPOUT=True")
+ALLOWED_SPILLS_OF_FEATURES: dict[tuple[str, str], int] = {
+    ("attention_fwd_kernel", "sm_100"): 16,
+    ("attention_bwd_dq_kernel", "sm_86"): 6,
+    ("attention_bwd_dq_kernel", "sm_89"): 6,
+    ("attention_bwd_dq_kernel", "sm_120"): 4,
+    ("attention_bwd_dk_dv_kernel", "sm_90"): 245,
+    ("attention_bwd_dk_dv_kernel", "sm_100"): 130,
+    ("attention_bwd_dk_dv_kernel", "sm_120"): 54,
 }
 
 
@@ -50,7 +75,9 @@ def check(op: str, targets: tuple[str, ...], *more: str, all_kernels: bool = Tru
 
 
 def allowed_spills(each: offline.Compiled) -> int:
-    return ALLOWED_SPILLS.get((each.kernel, each.target), (0, ""))[0]
+    always, _ = ALLOWED_SPILLS.get((each.kernel, each.target), (0, ""))
+    featured = any(switch in each.constexprs for switch in FEATURES)
+    return max(always, ALLOWED_SPILLS_OF_FEATURES.get((each.kernel, each.target), 0) if featured else 0)
 
 
 @pytest.mark.parametrize("op", all_cases())

@@ -35,6 +35,7 @@ FREE_KEYS = (
     "distributed.zero",
     "distributed.expert_parallel",
     "distributed.expert_chunks",
+    "distributed.sequence_parallel",
     "train.eval_every",
     "train.eval_micro_batches",
     "train.save_every",

@@ -166,10 +166,17 @@ def check(config: Config, world_size: int) -> None:
     if config.model.path is None:
         _check_sizes(config.model)
         check_positions(config.data, config.model.max_positions, "model.max_positions")
-    if config.train.micro_batches % world_size:
+    sequence_parallel = config.distributed.sequence_parallel
+    if world_size % sequence_parallel:
         raise UserError(
-            f"train.micro_batches = {config.train.micro_batches} does not divide evenly over {world_size} processes; "
-            f"take a multiple of {world_size}"
+            f"distributed.sequence_parallel = {sequence_parallel} must divide the number of processes, {world_size}"
+        )
+    _, data_ranks = config.distributed.data_ranks(0, world_size)
+    if config.train.micro_batches % data_ranks:
+        sharing = f" ({sequence_parallel} of which share each micro-batch)" if sequence_parallel > 1 else ""
+        raise UserError(
+            f"train.micro_batches = {config.train.micro_batches} does not divide evenly over {world_size} processes"
+            f"{sharing}; take a multiple of {data_ranks}"
         )
 
 

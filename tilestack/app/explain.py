@@ -224,7 +224,7 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
         "linear_cross_entropy": call(
             LinearCrossEntropyParams(-100, "mean", 0.0, 0.0, 0.0, True, True),
             hidden=spec(T, H), weight=spec(shape.vocab_size, H), labels=spec(T, of=torch.int64),
-            num_items=spec(of=torch.int64), token_weights=None,
+            num_items=spec(of=torch.int64), token_weights=None, weight_gradient_sum=None,
         ),
         "adamw": call(
             AdamWParams(1, config.optimizer.lr, config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps,

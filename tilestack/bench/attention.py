@@ -22,7 +22,7 @@ from tilestack.bench import attention_check
 from tilestack.bench.attention_cases import COLD, TINY, AttentionCase, cases, make
 from tilestack.bench.first_call import no_compiled_kernels, seconds_of
 from tilestack.bench.isolated import one_after_another, side_by_side
-from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.timing import ceilings, host_microseconds, measure
 from tilestack.kernels import ops
 from tilestack.kernels.device import Device
@@ -196,12 +196,11 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
     limits = ceilings()
     _free()
     print(f"ceilings: {limits}", flush=True)
-    rows = []
+    recorder = Recorder("attention", limits, folder, describe)
     with no_compiled_kernels():
         for row in _all_rows(quick, only):
-            rows.append(row)
-            print(describe(row), flush=True)
-    return write("attention", rows, limits, folder)
+            recorder.add(row)
+    return recorder.finish()
 
 
 def _all_rows(quick: bool, only: list[str] | None) -> Iterator[Row]:

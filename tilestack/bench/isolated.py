@@ -15,10 +15,13 @@ J = TypeVar("J")
 Work = Callable[[J], list]
 
 
-def one_after_another(jobs: Sequence[J], work: Work, patience_s: float = PATIENCE_S) -> Iterator[tuple[J, list | str]]:
+def one_after_another(
+    jobs: Sequence[J], work: Work, patience_s: float = PATIENCE_S, fatal_failures: int = FATAL_FAILURES
+) -> Iterator[tuple[J, list | str]]:
     """Run `work(job)` for every job in one child process, which is replaced when it dies or is silent for too long.
 
     jobs: picklable, with an `implementation`. work: a function of a module, so that a child can import it.
+    fatal_failures: an implementation that ended so many processes is not tried again.
 
     Yields each job with its result, or with what went wrong.
     """
@@ -31,10 +34,10 @@ def one_after_another(jobs: Sequence[J], work: Work, patience_s: float = PATIENC
             if not child.usable:
                 deaths[job.implementation] = deaths.get(job.implementation, 0) + 1
         child.kill()
-        hopeless = [job for job in left if deaths.get(job.implementation, 0) >= FATAL_FAILURES]
+        hopeless = [job for job in left if deaths.get(job.implementation, 0) >= fatal_failures]
         left = [job for job in left if job not in hopeless]
         for job in hopeless:
-            yield job, f"not tried: this implementation ended {FATAL_FAILURES} processes before"
+            yield job, f"not tried: this implementation ended {fatal_failures} processes before"
 
 
 def side_by_side(

@@ -14,7 +14,7 @@ import torch
 
 from tilestack.bench.ops import describe, problem_rows
 from tilestack.bench.problems import Problem, Tensors, Variant
-from tilestack.bench.results import FOLDER, write
+from tilestack.bench.results import FOLDER, Recorder
 from tilestack.bench.timing import ceilings
 from tilestack.kernels import attention_kvcache
 
@@ -118,9 +118,8 @@ def run(repeats: int = 20, folder: Path = FOLDER) -> Path:
     """Time every case, print as it goes, write the result file."""
     limits = ceilings()
     print(f"ceilings: {limits}", flush=True)
-    rows = []
+    recorder = Recorder("kvcache", limits, folder, describe)
     for case in CASES:
         for row in problem_rows(problem(case), repeats, untimed=("reference",)):
-            rows.append(row)
-            print(describe(row), flush=True)
-    return write("kvcache", rows, limits, folder)
+            recorder.add(row)
+    return recorder.finish()

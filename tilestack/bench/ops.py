@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tilestack.bench.problems import PROBLEMS, Problem, Tensors, Variant
-from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.timing import ceilings, measure
 from tilestack.kernels import UnsupportedError, ops
 from tilestack.kernels.device import Device
@@ -158,7 +158,7 @@ def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER)
     limits = ceilings()
     print(f"ceilings: {limits}", flush=True)
     device = Device.current()
-    rows = []
+    recorder = Recorder("ops", limits, folder, describe)
     for name, op in all_cases().items():
         if only and name not in only:
             continue
@@ -167,13 +167,11 @@ def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER)
                 if implementation.refuses_machine(device):
                     continue
                 for row in rows_of(op, case, implementation.name, repeats):
-                    rows.append(row)
-                    print(describe(row), flush=True)
+                    recorder.add(row)
     for name, make in PROBLEMS.items():
         for row in problem_rows(make(), repeats) if not only or name in only else ():
-            rows.append(row)
-            print(describe(row), flush=True)
-    return write("ops", rows, limits, folder)
+            recorder.add(row)
+    return recorder.finish()
 
 
 def describe(row: Row) -> str:

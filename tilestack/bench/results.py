@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,24 @@ def write(bench: str, rows: list[Row], ceilings: dict[str, float], folder: Path 
     return path
 
 
+class Recorder:
+    """A run's rows: each is printed and the file written anew, so that a run that is stopped keeps what it measured."""
+
+    def __init__(self, bench: str, ceilings: dict[str, float], folder: Path, describe: Callable[[Row], str]):
+        self.bench, self.ceilings, self.folder, self.describe = bench, ceilings, folder, describe
+        self.rows: list[Row] = []
+
+    def add(self, row: Row) -> Path:
+        """Print a row and write the file with all so far; returns the file's path."""
+        self.rows.append(row)
+        print(self.describe(row), flush=True)
+        return self.finish()
+
+    def finish(self) -> Path:
+        """The file, written also where no row came."""
+        return write(self.bench, self.rows, self.ceilings, self.folder)
+
+
 def _rounded(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.5g}")
@@ -103,6 +123,7 @@ def short_device() -> str:
     return (found.group(1) if found else device_name()).replace(" ", "")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Versions of what matters to speed, as far as installed."""
     found = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
@@ -122,6 +143,7 @@ def stamp(path: Path, commit: str) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+@functools.cache
 def commit() -> str:
     """The commit that was measured, "unknown" outside a checkout."""
     done = subprocess.run(

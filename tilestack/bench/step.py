@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 import transformers
 
 from tilestack.bench.isolated import one_after_another
-from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.timing import ceilings, measure
 from tilestack.distributed.graphs import Recorded
 from tilestack.kernels import adamw
@@ -29,9 +30,10 @@ from tilestack.models.flops import training_flops_per_token
 
 LOSS_STEPS = 20
 LEARNING_RATE = 3e-4
-PATIENCE_S = 300.0  # of one job: torch.compile takes its time
+PATIENCE_S = 120.0  # of one job, its compiling included
 ADAMW_BYTES = 28  # a parameter: bf16 gradient read, weight written; float32 master and moments read and written
 PROBES = (16384, 24576)  # two lengths whose peaks give the memory of a token
+FIRST_TRY = 0.98  # of the length that they predict: a step of that length takes its time, so the first should fit
 LENGTH_MULTIPLE = 4096
 
 
@@ -72,14 +74,21 @@ def plain_transformers(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
 
 
 def compiled_transformers(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
-    """transformers under torch.compile, the loss included."""
+    """transformers under torch.compile: its layers, which then compile once for all, and the loss."""
     model = plain_transformers(config)
-    model.compile(dynamic=False)
+    for layer in model.model.layers:
+        layer.compile(dynamic=False)
+    model.loss_function = torch.compile(model.loss_function, dynamic=False)
     return model
 
 
 def transformers_with_liger(config: transformers.Qwen3MoeConfig) -> torch.nn.Module:
-    """transformers with all that Liger-Kernel replaces in it: norms, rotary, experts, LM head with the loss."""
+    """transformers with all that Liger-Kernel replaces in it: norms, rotary, experts, LM head with the loss.
+
+    Its experts run with the tiles that it has without tuning, which would compile hundreds of kernels at the first
+    call; LIGER_FUSED_MOE_AUTOTUNE=1 in the environment brings that back.
+    """
+    os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
     from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 
     model = plain_transformers(config)
@@ -104,6 +113,8 @@ IMPLEMENTATIONS: dict[str, Callable[[transformers.Qwen3MoeConfig], torch.nn.Modu
     GRAPH: with_tilestack,
 }
 MAIN = ("transformers", "tilestack")  # whose losses and longest sequences are compared
+# what shares a process; the slowest to start come last
+PROCESSES = (("transformers",), ("tilestack", GRAPH), ("liger",), ("transformers-compile",))
 
 
 def build(name: str, case: StepCase, seed: int = 0) -> torch.nn.Module:
@@ -183,7 +194,7 @@ def longest_sequence(name: str, case: StepCase, repeats: int) -> list[Row]:
     peaks = {seqlen: _peak_gib(model, seqlen) for seqlen in PROBES}
     per_token = (peaks[PROBES[1]] - peaks[PROBES[0]]) / (PROBES[1] - PROBES[0])
     room = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1.0 - peaks[PROBES[0]]  # 1 GiB: CUDA's own
-    multiples = int((PROBES[0] + room / per_token) / LENGTH_MULTIPLE)
+    multiples = int(FIRST_TRY * (PROBES[0] + room / per_token) / LENGTH_MULTIPLE)
     while multiples > 0:
         seqlen = multiples * LENGTH_MULTIPLE
         try:
@@ -259,35 +270,46 @@ def work(job: Job) -> list[Row]:
         torch.cuda.empty_cache()
 
 
-def jobs_of(name: str, cases: list[StepCase], repeats: int) -> list[Job]:
-    """All that is measured of one implementation."""
-    jobs = [Job(name, "time", case, repeats) for case in cases]
-    if name in MAIN:
-        first = cases[0]
-        jobs.append(Job(name, "losses", replace(first, batch=1), LOSS_STEPS))
-        for checkpointing in (False, True):
-            jobs.append(Job(name, "longest", replace(first, batch=1, checkpointing=checkpointing), 1))
-    if name == "tilestack":
-        jobs.append(Job(name, "optimizer", cases[0], repeats))
+def jobs_of(names: tuple[str, ...], cases: list[StepCase], repeats: int) -> list[Job]:
+    """All that is measured of the implementations of one process: the quickest first."""
+    first = cases[0]
+    jobs = [Job(name, "time", case, repeats) for name in names for case in cases]
+    if "tilestack" in names:
+        jobs.append(Job("tilestack", "optimizer", first, repeats))
+    main = [name for name in names if name in MAIN]
+    jobs += [Job(name, "losses", replace(first, batch=1), LOSS_STEPS) for name in main]
+    for checkpointing in (False, True):
+        longest = replace(first, batch=1, checkpointing=checkpointing)
+        jobs += [Job(name, "longest", longest, 1) for name in main]
     return jobs
 
 
 def run(
     cases: list[StepCase], implementations: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER
 ) -> Path:
-    """Time every implementation on every case, print as it goes, write the result file."""
+    """Time every implementation on every case; prints, and writes the result file, as it goes.
+
+    Raises ValueError for a name that is no implementation.
+    """
+    wanted = implementations or list(IMPLEMENTATIONS)
+    unknown = [name for name in wanted if name not in IMPLEMENTATIONS]
+    if unknown:
+        raise ValueError(f"bench step: {unknown[0]!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
     limits = ceilings()
     torch.cuda.empty_cache()
+    # for the children: whatever lies between two tensors is lost to the longest sequence
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
-    rows = []
-    for name in implementations or list(IMPLEMENTATIONS):
-        for job, result in one_after_another(jobs_of(name, cases, repeats), work, PATIENCE_S):
+    recorder = Recorder("step", limits, folder, describe)
+    for process in PROCESSES:
+        names = tuple(name for name in process if name in wanted)
+        for job, result in one_after_another(jobs_of(names, cases, repeats), work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
-            failed = Row(op, job.case.as_dict(), name, "step", error=result if isinstance(result, str) else None)
-            for row in [failed] if failed.error else result:
-                rows.append(row)
-                print(describe(row), flush=True)
-    return write("step", rows, limits, folder)
+            error = result if isinstance(result, str) else None
+            failed = Row(op, job.case.as_dict(), job.implementation, "step", error=error)
+            for row in [failed] if error else result:
+                recorder.add(row)
+    return recorder.finish()
 
 
 def describe(row: Row) -> str:

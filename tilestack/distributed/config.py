@@ -56,9 +56,11 @@ class DistributedConfig:
         accumulation, clipping) may be absent or "auto" in it; a value that contradicts tilestack's is an error.
     expert_parallel: so many ranks, neighbours, share the experts of each layer, and tokens travel between them; 1 keeps
         all experts on every rank. Divides the number of ranks and of experts; with ZeRO 1 or 2.
+    sequence_parallel: so many ranks, neighbours, share each row of tokens (Ulysses); 1 keeps rows whole. Divides the
+        number of ranks and of query heads.
     expert_chunks: with expert_parallel, tokens travel in so many parts, each while the experts work on the one before.
     cuda_graphs: of the local engine on a GPU: "auto" replays recorded steps where the host would keep the GPU waiting,
-        "off" never does. The numbers are the same.
+        "off" never does. The kernels are the same.
     """
 
     engine: Literal["auto", "local", "deepspeed"] = "auto"
@@ -67,6 +69,7 @@ class DistributedConfig:
     expert_parallel: int = 1
     expert_chunks: int = 2
     cuda_graphs: Literal["auto", "off"] = "auto"
+    sequence_parallel: int = 1
 
     def __post_init__(self):
         if self.engine not in ("auto", "local", "deepspeed"):
@@ -75,6 +78,10 @@ class DistributedConfig:
             raise ValueError(f"distributed.cuda_graphs must be 'auto' or 'off', got {self.cuda_graphs!r}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise ValueError(f"distributed.zero must be 0, 1, 2 or 3, got {self.zero!r}")
-        for name in ("expert_parallel", "expert_chunks"):
+        for name in ("expert_parallel", "expert_chunks", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distributed.{name} must be at least 1, got {getattr(self, name)}")
+
+    def data_ranks(self, rank: int, world_size: int) -> tuple[int, int]:
+        """(rank, number) among those that take different data: neighbours that share rows take the same."""
+        return rank // self.sequence_parallel, world_size // self.sequence_parallel

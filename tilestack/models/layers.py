@@ -11,6 +11,7 @@ from tilestack.kernels import RouterOutput, linear_cross_entropy, qk_norm_rope, 
 from tilestack.models.projections import project
 from tilestack.models.registration import NAME, autocast, kernels_of
 from tilestack.models.replacement import replaces
+from tilestack.models.sharded_sequence import ShardedSequence
 from tilestack.models.token_dispatch import TokenDispatcher
 
 
@@ -30,6 +31,8 @@ class Qwen3MoeRMSNorm(original.Qwen3MoeRMSNorm):
 @replaces(original.Qwen3MoeAttention)
 class Qwen3MoeAttention(original.Qwen3MoeAttention):
     """Reads the weights of q_norm and k_norm itself, so for ZeRO-3 it is a leaf."""
+
+    sequence: ShardedSequence | None = None  # set where each rank has a part of every row
 
     def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
         rows = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -164,8 +167,19 @@ class LMHead(nn.Linear):
         if labels is None:
             return super().forward(hidden_states)
         hidden, weight = autocast(hidden_states.flatten(0, -2), self.weight)
-        choice = kernels_of(self).linear_cross_entropy
-        return linear_cross_entropy(hidden, weight, labels.flatten(), num_items=num_items, implementation=choice)
+        return linear_cross_entropy(
+            hidden,
+            weight,
+            labels.flatten(),
+            num_items=num_items,
+            weight_gradient_sum=self._gradient_sum(hidden, weight),
+            implementation=kernels_of(self).linear_cross_entropy,
+        )
+
+    def _gradient_sum(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """Where an engine sums the gradients of micro-batches (`weight.gradient_sum`), unless somebody hooks them."""
+        watched = weight is not self.weight or weight._backward_hooks or torch.compiler.is_compiling()
+        return None if watched or not hidden.requires_grad else getattr(weight, "gradient_sum", None)
 
 
 # Modules that read their children's parameters themselves: DeepSpeed gathers these whole (set_z3_leaf_modules).

@@ -31,6 +31,7 @@ from tilestack.models.recomputation import inputs_on_host
 from tilestack.models.registration import NAME
 from tilestack.models.replacement import replaces
 from tilestack.models.rotary import restore_rotary_frequencies
+from tilestack.models.sharded_sequence import ShardedSequence
 
 DEFAULTS = (None, "sdpa", "grouped_mm")  # what transformers fills in where the user named nothing
 
@@ -53,6 +54,8 @@ class TransformersOwn:
 
 @replaces(original.Qwen3MoeModel)
 class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
+    sequence: ShardedSequence | None = None  # set where each rank has a part of every row
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -158,7 +161,10 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
                     "cu_seq_lens_q describes whole sequences; it cannot go with a 4-D attention_mask or a filled cache"
                 )
             return None
-        return find_packing(*hidden.shape[:2], mask, position_ids, cu_seqlens, max_seqlen=kwargs.get("max_length_q"))
+        batch, seqlen = hidden.shape[:2]
+        if self.sequence is not None:
+            seqlen *= self.sequence.ranks
+        return find_packing(batch, seqlen, mask, position_ids, cu_seqlens, max_seqlen=kwargs.get("max_length_q"))
 
 
 def _token_mask(attention_mask: torch.Tensor | None, seqlen: int) -> torch.Tensor | None:
@@ -201,6 +207,15 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
             model.set_experts_implementation("grouped_mm")
         restore_rotary_frequencies(model)
         return (model, info) if info_wanted else model
+
+    def shard_sequence(self, sequence: ShardedSequence) -> None:
+        """From now on every row of tokens is this rank's part of a row that `sequence.ranks` ranks share.
+
+        forward then needs cu_seq_lens_q of the whole rows, position_ids and shift_labels of the part.
+        """
+        for module in self.modules():
+            if isinstance(module, (original.Qwen3MoeModel, original.Qwen3MoeAttention)):
+                module.sequence = sequence
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs: Any) -> None:
         """As in transformers; config.json also gets the keys that transformers 4 and stacks built on it read."""
@@ -304,4 +319,9 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
         token_mask = _token_mask(attention_mask, seqlen)
         tokens = batch * seqlen if token_mask is None else token_mask.sum()
         layers = len(outputs.tokens_per_expert)
-        return load_balancing_loss(outputs.tokens_per_expert.sum(0), outputs.probability_sum.sum(0), tokens * layers)
+        routes, probabilities = outputs.tokens_per_expert.sum(0), outputs.probability_sum.sum(0)
+        sequence = self.model.sequence
+        if sequence is not None:
+            counted = tokens if isinstance(tokens, torch.Tensor) else routes.new_tensor(tokens)
+            routes, probabilities, tokens = map(sequence.sum, (routes, probabilities, counted))
+        return load_balancing_loss(routes, probabilities, tokens * layers)

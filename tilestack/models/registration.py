@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 
 import torch
@@ -85,8 +86,15 @@ def attention_forward(
     choice = kernels_of(module).attention
     arguments = {"causal": causal, "softmax_scale": scaling, "window_size": window, "implementation": choice}
     arguments["dropout_p"] = dropout
+    attend = functools.partial(_attend, packing, arguments)
+    sequence = getattr(module, "sequence", None)
+    return (attend(*tensors) if sequence is None else sequence.attend(attend, *tensors)), None
+
+
+def _attend(packing: Packing | None, arguments: dict, *tensors: torch.Tensor) -> torch.Tensor:
+    """The op over q, k and v [B, S, heads, D], of whole rows."""
     if packing is None:
-        return attention(*tensors, **arguments), None
+        return attention(*tensors, **arguments)
     out = attention(
         *map(packing.gather, tensors),
         cu_seqlens_q=packing.cu_seqlens,
@@ -95,7 +103,7 @@ def attention_forward(
         max_seqlen_k=packing.max_seqlen,
         **arguments,
     )
-    return packing.scatter(out, *tensors[0].shape[:2]), None
+    return packing.scatter(out, *tensors[0].shape[:2])
 
 
 def experts_forward(

@@ -3,8 +3,9 @@
     python -m tilestack.testing.random_attention [--cases 1000] [--first 0] [--longest 600] [--implementation NAME ...]
 
 Everything about a call follows from its seed, which is printed where it fails; `--first SEED --cases 1` runs it again.
-Dtypes, head dimensions, heads, masks and features come from a fixed list of variants, so that a thousand calls need
-some dozens of compiled kernels; the lengths, the numbers and the strides are each call's own.
+Dtypes, head dimensions, heads, masks and features come from a fixed list of variants, and in each the tokens are
+always, or never, a multiple of 16, for which Triton compiles anew: so a thousand calls need some dozens of compiled
+kernels. The lengths, the numbers and the strides are each call's own.
 
 Checked together, over all calls of an implementation and dtype: tensors of few numbers, and float32, where eager and
 FlashAttention lose about as much, at different places; of one call chance may decide which is twice the other.
@@ -36,7 +37,7 @@ MASKS = ("none", "causal", "window", "causal window", "left window")
 
 @dataclass(frozen=True)
 class Variant:
-    """What decides which kernels run. features: a subset of softcap, sinks, alibi, dropout."""
+    """What decides which kernels run. features: of softcap, sinks, alibi, dropout. round: multiples of 16 tokens."""
 
     dtype: torch.dtype
     head_dim: int
@@ -44,6 +45,7 @@ class Variant:
     packed: bool
     mask: str
     features: tuple[str, ...]
+    round: bool
 
 
 def variants() -> list[Variant]:
@@ -61,6 +63,7 @@ def variants() -> list[Variant]:
                 rng.random() < 0.5,
                 rng.choices(MASKS, (1, 3, 1, 2, 1))[0],
                 features,
+                rng.random() < 0.2,
             )
         )
     return found
@@ -88,27 +91,32 @@ def make(seed: int, longest: int) -> tuple[Case, torch.dtype]:
         "seed": "dropout" in variant.features,
     }
     if variant.packed:
-        lengths_q = tuple(length() for _ in range(rng.randint(0, 5)))
-        lengths_k = lengths_q if rng.random() < 0.5 else tuple(length() for _ in lengths_q)
-        if max(lengths_k, default=0) == 1:
-            lengths_k = tuple(2 * each for each in lengths_k)
+        lengths_q = [length() for _ in range(rng.randint(1, 5))]
+        lengths_k = list(lengths_q) if rng.random() < 0.5 else [length() for _ in lengths_q]
+        if max(lengths_k) == 1:
+            lengths_k = [2 * each for each in lengths_k]
         spare = rng.choice((0, 0, rng.randint(1, 70)))
-        tensors = _packed(lengths_q, lengths_k, variant.heads, variant.head_dim, spare=spare, **features)
+        for lengths in (lengths_q, lengths_k):
+            lengths[-1] += _missing(sum(lengths) + spare, variant.round)
+        tensors = _packed(tuple(lengths_q), tuple(lengths_k), variant.heads, variant.head_dim, spare=spare, **features)
     else:
         batch, layout = rng.randint(1, 3), rng.choice(("contiguous", "transposed", "fused"))
         length_q = length()
-        length_k = length_q if rng.random() < 0.5 else length()
-        if length_k == 1:
-            length_k = 2
-        if layout == "fused":
-            length_q = length_k
-        tensors = _dense(
-            length_q, length_k, variant.heads, variant.head_dim, batch=batch, layout=layout, **features
-        )  # fmt: skip
+        length_k = length_q if layout == "fused" or rng.random() < 0.5 else length()
+        length_q, length_k = (each + _missing(each, variant.round) for each in (length_q, length_k))
+        sizes = length_q, length_k, variant.heads, variant.head_dim
+        tensors = _dense(*sizes, batch=batch, layout=layout, **features)
     arguments = _mask(variant.mask, rng, longest) | _numbers(variant, rng)
-    if variant.packed and lengths_q and rng.random() < 0.5:
+    if variant.packed and rng.random() < 0.5:
         arguments |= {"max_seqlen_q": max(lengths_q), "max_seqlen_k": max(lengths_k)}
     return Case(f"seed {seed}", "", tensors, arguments), variant.dtype
+
+
+def _missing(tokens: int, is_round: bool) -> int:
+    """How many more tokens make a multiple of 16, or none; of one token there is no gradient to compare (see above)."""
+    if is_round:
+        return -tokens % 16
+    return 1 if tokens and (tokens % 16 == 0 or tokens == 1) else 0
 
 
 def _mask(mask: str, rng: random.Random, longest: int) -> dict:

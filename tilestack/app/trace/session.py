@@ -51,7 +51,7 @@ class Session:
     def batches(self) -> Iterator[StepBatch]:
         """This rank's steps, from the first on."""
         data, train = self.config.data, self.config.train
-        ranks = (self.world.rank, self.world.world_size)
+        ranks = self.config.distributed.data_ranks(self.world.rank, self.world.world_size)
         return iter(PackedLoader(self.source, self.tokenizer, data, *ranks, train.micro_batches, train.seed))
 
 
@@ -131,7 +131,8 @@ def _engine(name: str, session: Session) -> Engine:
     config, world = session.config, session.world
     # a new model is drawn on the device itself, which is quick; its weights are not those that a training would draw
     drawn = world.device if config.model.path is None else contextlib.nullcontext()
-    accumulation = config.train.micro_batches // world.world_size
+    _, data_ranks = config.distributed.data_ranks(world.rank, world.world_size)
+    accumulation = config.train.micro_batches // data_ranks
     with drawn:
         model = (build_plain if name == RIVAL else build)(config, session.tokenizer)
     if name == RIVAL:

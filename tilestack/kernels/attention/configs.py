@@ -53,7 +53,7 @@ BLACKWELL = {
 SMALL = {  # consumer GPUs (about 100 KiB of shared memory), AMD (64 KiB), the unknown
     64: Tiles(Tile(64, 64, 4, 2), Tile(64, 64, 4, 1), Tile(64, 64, 4, 1)),
     128: Tiles(Tile(64, 32, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 4, 1)),
-    256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 8, 1)),
+    256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
 }
 FLOAT32 = {  # no tensor cores: products are made of fused multiply-adds, which want many threads
     64: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),

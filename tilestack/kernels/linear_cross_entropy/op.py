@@ -46,6 +46,7 @@ def _fake(
     labels: torch.Tensor,
     num_items: torch.Tensor | None,
     token_weights: torch.Tensor | None,
+    weight_gradient_sum: torch.Tensor | None,
     params: LinearCrossEntropyParams,
 ) -> tuple:
     by_token = params.reduction == "none"
@@ -58,7 +59,7 @@ def _fake(
 
 CONTRACT = Contract(
     "linear_cross_entropy",
-    ("hidden", "weight", "labels", "num_items?", "token_weights?"),
+    ("hidden", "weight", "labels", "num_items?", "token_weights?", "weight_gradient_sum?"),
     ("loss", "token_losses"),
     LinearCrossEntropyParams,
     _fake,
@@ -80,6 +81,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_token_losses: bool = False,
+    weight_gradient_sum: torch.Tensor | None = None,
     implementation: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of `hidden @ weight.T` against `labels`; the logits of all tokens never exist at once.
@@ -102,6 +104,9 @@ def linear_cross_entropy(
     z_loss: at least 0: this much of the square of the log-sum-exp is added to the loss of a token.
     softcap: above 0: logits become softcap * tanh(logits / softcap); None leaves them.
     return_token_losses: also return the loss of each token, [T], undivided, without a gradient.
+    weight_gradient_sum: [V, H], float32 (float64 if hidden is): backward adds weight's gradient to it, in float32, and
+        autograd gets none for weight. For a sum over micro-batches, where nothing hooks weight. hidden must require a
+        gradient, and torch.compile cannot trace it.
     implementation: "tilestack-triton" or "reference"; None chooses.
 
     Returns the loss, float32 (float64 if hidden is): a scalar, or [T] for reduction="none"; with return_token_losses
@@ -130,7 +135,13 @@ def linear_cross_entropy(
         ignore_index, reduction, float(label_smoothing), float(z_loss), float(softcap or 0.0),
         recording and hidden.requires_grad, recording and weight.requires_grad,
     )  # fmt: skip
-    loss, token_losses = OP((hidden, weight, labels, num_items, token_weights), params, implementation)
+    if weight_gradient_sum is not None:
+        _check_sum(weight_gradient_sum, hidden, weight, params)
+        # .data: it is written in backward, which must not make the saved tensor of another call look outdated
+        weight_gradient_sum = weight_gradient_sum.data if params.weight_gradient else None
+        weight = weight.detach()
+    tensors = (hidden, weight, labels, num_items, token_weights, weight_gradient_sum)
+    loss, token_losses = OP(tensors, params, implementation)
     return (loss, token_losses) if return_token_losses else loss
 
 
@@ -145,6 +156,20 @@ def _check_tensors(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Ten
     checks.shape(op, "labels", labels, (hidden.shape[0],), "[T], T the first dimension of hidden")
     checks.at_least(op, "V (the rows of weight)", weight.shape[0], 1)
     checks.at_least(op, "H (the columns of weight)", weight.shape[1], 1)
+
+
+def _check_sum(
+    weight_gradient_sum: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, params: LinearCrossEntropyParams
+) -> None:
+    op = "linear_cross_entropy"
+    checks.shape(op, "weight_gradient_sum", weight_gradient_sum, tuple(weight.shape), "[V, H], the shape of weight")
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    checks.dtype(op, "weight_gradient_sum", weight_gradient_sum, wide)
+    checks.same_device(op, hidden=hidden, weight_gradient_sum=weight_gradient_sum)
+    if params.weight_gradient and not params.hidden_gradient:
+        raise ValueError(f"{op}: weight_gradient_sum is written in backward, which needs hidden to require a gradient")
+    if torch.compiler.is_compiling():
+        raise ValueError(f"{op}: weight_gradient_sum is written in backward, which torch.compile cannot trace")
 
 
 def _check_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:

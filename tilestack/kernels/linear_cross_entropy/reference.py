@@ -14,7 +14,7 @@ from tilestack.kernels.dispatch import Call
 from tilestack.kernels.reference_autograd import gradients
 
 AUXILIARY = ()
-SAVED = ("hidden", "weight", "labels", "num_items", "token_weights")
+SAVED = ("hidden", "weight", "labels", "num_items", "token_weights", "weight_gradient_sum")
 
 MAX_CHUNK_LOGITS = 2**26  # 256 MiB of float32; a few tensors of that size are alive at once in backward
 
@@ -59,7 +59,7 @@ def check_labels(labels: torch.Tensor, vocabulary: int, params) -> None:
         )
 
 
-def forward(hidden, weight, labels, num_items, token_weights, params):
+def forward(hidden, weight, labels, num_items, token_weights, weight_gradient_sum, params):
     check_labels(labels, weight.shape[0], params)
     losses = hidden.new_empty(labels.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
     for chunk in _chunks(labels, weight):
@@ -69,22 +69,25 @@ def forward(hidden, weight, labels, num_items, token_weights, params):
     return losses.sum() / divisor(labels, num_items, params, losses.dtype), losses
 
 
-def backward(dloss, _, hidden, weight, labels, num_items, token_weights, *, needs, params):
+def backward(dloss, _, hidden, weight, labels, num_items, token_weights, weight_gradient_sum, *, needs, params):
     upstream = (dloss / divisor(labels, num_items, params, dloss.dtype)).expand(labels.shape)
     found = {
         "hidden": hidden.new_empty(hidden.shape),
         "weight": weight.new_zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32)),
     }
+    wanted = needs if weight_gradient_sum is None else ("hidden", "weight")
     for chunk in _chunks(labels, weight):
         inputs = {
             "hidden": hidden[chunk], "weight": weight, "labels": labels[chunk],
             "token_weights": _cut(token_weights, chunk),
         }  # fmt: skip
-        parts = dict(zip(needs, gradients(token_losses, inputs, (upstream[chunk],), needs, params), strict=True))
-        if "hidden" in needs:
+        parts = dict(zip(wanted, gradients(token_losses, inputs, (upstream[chunk],), wanted, params), strict=True))
+        if "hidden" in wanted:
             found["hidden"][chunk] = parts["hidden"]
-        if "weight" in needs:
+        if "weight" in wanted:
             found["weight"] += parts["weight"]
+    if weight_gradient_sum is not None:
+        weight_gradient_sum += found["weight"]
     return tuple(found[name].to(weight.dtype) for name in needs)
 
 

@@ -24,7 +24,7 @@ from tilestack.kernels.linear_cross_entropy import configs
 from tilestack.kernels.linear_cross_entropy.reference import check_labels, divisor
 
 AUXILIARY = ("dhidden_sum", "dweight_sum")
-SAVED = ("dhidden_sum|hidden", "weight", "labels", "num_items", "token_weights", "dweight_sum")
+SAVED = ("dhidden_sum|hidden", "weight", "labels", "num_items", "token_weights", "weight_gradient_sum", "dweight_sum")
 
 
 def refuses(call: Call) -> str | None:
@@ -141,7 +141,7 @@ def scale_kernel(sum_ptr, factor_ptr, out_ptr, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + offs, scaled.to(out_ptr.dtype.element_ty), mask=offs < n)
 
 
-def fake_auxiliary(hidden, weight, labels, num_items, token_weights, params):
+def fake_auxiliary(hidden, weight, labels, num_items, token_weights, weight_gradient_sum, params):
     prepared = params.reduction != "none"
     return (
         hidden.new_empty(hidden.shape if prepared and params.hidden_gradient else (0,)),
@@ -149,10 +149,12 @@ def fake_auxiliary(hidden, weight, labels, num_items, token_weights, params):
     )
 
 
-def forward(hidden, weight, labels, num_items, token_weights, params):
+def forward(hidden, weight, labels, num_items, token_weights, weight_gradient_sum, params):
     check_labels(labels, weight.shape[0], params)
     prepared = params.reduction != "none"
-    dhidden_sum, dweight_sum = fake_auxiliary(hidden, weight, labels, num_items, token_weights, params)
+    dhidden_sum, dweight_sum = fake_auxiliary(
+        hidden, weight, labels, num_items, token_weights, weight_gradient_sum, params
+    )
     losses = hidden.new_empty(labels.shape, dtype=torch.float32)
     _sweep(
         hidden, weight, labels, token_weights, params, losses=losses,
@@ -165,19 +167,26 @@ def forward(hidden, weight, labels, num_items, token_weights, params):
     return loss, losses, dhidden_sum, dweight_sum
 
 
-def backward(dloss, _, hidden, weight, labels, num_items, token_weights, dweight_sum, *, needs, params):
+def backward(
+    dloss, _, hidden, weight, labels, num_items, token_weights, weight_gradient_sum, dweight_sum, *, needs, params
+):  # fmt: skip
     if params.reduction == "none":
-        return _backward_of_each(dloss, hidden, weight, labels, token_weights, needs, params)
+        return _backward_of_each(dloss, hidden, weight, labels, token_weights, weight_gradient_sum, needs, params)
     factor = dloss / divisor(labels, num_items, params, dloss.dtype)
+    if weight_gradient_sum is not None:
+        weight_gradient_sum.addcmul_(dweight_sum, factor)
     sums = {"hidden": hidden, "weight": dweight_sum}  # dhidden_sum stands in hidden's place
     return tuple(_scaled(sums[name], factor, weight.dtype) for name in needs)
 
 
-def _backward_of_each(dloss, hidden, weight, labels, token_weights, needs, params):
+def _backward_of_each(dloss, hidden, weight, labels, token_weights, weight_gradient_sum, needs, params):
     """Gradients for an upstream gradient that differs from token to token: the logits are made again."""
     dhidden = hidden.new_empty(hidden.shape) if "hidden" in needs else None
-    dweight = weight.new_empty(weight.shape, dtype=torch.float32) if "weight" in needs else None
-    _sweep(hidden, weight, labels, token_weights, params, dlosses=dloss.contiguous(), dhidden=dhidden, dweight=dweight)
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if "weight" in needs else weight_gradient_sum
+    _sweep(
+        hidden, weight, labels, token_weights, params, dlosses=dloss.contiguous(), dhidden=dhidden, dweight=dweight,
+        add=True,
+    )  # fmt: skip
     found = {"hidden": dhidden, "weight": dweight}
     return tuple(found[name].to(weight.dtype) for name in needs)
 
@@ -193,13 +202,14 @@ def _sweep(
     dlosses: torch.Tensor | None = None,
     dhidden: torch.Tensor | None,
     dweight: torch.Tensor | None,
+    add: bool = False,
 ) -> None:
     """Make each chunk's logits, turn them into their gradient, and multiply that out.
 
     losses: [T] float32, written; None in backward. dlosses: [T] float32, the upstream gradient of each token's loss;
-    None is 1. dhidden: [T, H], dweight: [V, H] float32: written; None where not wanted.
+    None is 1. dhidden: [T, H], dweight: [V, H] float32: written, or dweight added to; None where not wanted.
     """
-    if dweight is not None and not hidden.shape[0]:
+    if dweight is not None and not hidden.shape[0] and not add:
         dweight.zero_()
     labels = labels.contiguous()
     token_weights = None if token_weights is None else token_weights.contiguous()
@@ -221,7 +231,7 @@ def _sweep(
         if dhidden is not None:
             torch.mm(buffer, weight, out=dhidden[chunk])
         if dweight is not None:
-            _add_product(dweight, buffer.T, rows, first=chunk.start == 0)
+            _add_product(dweight, buffer.T, rows, first=chunk.start == 0 and not add)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:

@@ -138,7 +138,7 @@ CASES = OpCases(
         Case("head dimension 160", "padded to 256", _dense(20, 20, (1, 1), 160)),
         Case("head dimension 192", "padded to 256", _dense(20, 20, (1, 1), 192), _CAUSAL),
         Case("three keys", "queries by far outnumber keys", _dense(799, 3, (1, 1), 16), {"window_size": (400, 100)}),
-        Case("soft cap", "it bends most scores", _dense(40, 50), {"softcap": 1.5}),
+        Case("soft cap", "it bends most scores", _dense(40, 50, (2, 1)), {"softcap": 1.5}),
         Case(
             "soft cap, packed, window",
             "masks come after the cap",
@@ -149,14 +149,16 @@ CASES = OpCases(
         Case("sinks, no keys", "lse is the sink", _dense(5, 0, sinks=True)),
         Case("sinks, no queries", "their gradient is 0", _dense(0, 5, sinks=True)),
         Case("sinks, packed, spare rows", "as queries without keys", _packed((40, 9), (20, 30), spare=7, sinks=True)),
-        Case("ALiBi", "keys to both sides, one slope a head", _dense(40, 50, batch=2, slopes="shared")),
+        Case("ALiBi", "keys to both sides, one slope a head", _dense(20, 50, (2, 1), batch=2, slopes="shared")),
         Case(
             "ALiBi, packed",
             "each document has slopes, and its own alignment",
             _packed((33, 0, 1, 50), (20, 5, 40, 9), slopes="each", spare=5),
             _CAUSAL,
         ),
-        Case("dropout", "every sequence and head has its own mask", _dense(40, 50, batch=2, seed=True), _DROPOUT),
+        Case(
+            "dropout", "every sequence and head has its own mask", _dense(20, 50, (2, 1), batch=2, seed=True), _DROPOUT
+        ),
         Case(
             "dropout, packed",
             "indices count from a document's start",

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tilestack.kernels import rotary
-from tilestack.kernels.rotary.triton_portable import rotary_kernel
 
-__all__ = ["apply_rotary", "rotary_kernel"]
+__all__ = ["apply_rotary"]
+
+
+def __getattr__(name: str) -> Any:
+    """rotary_kernel, the JIT function, is looked up when asked for: the rest of the module works without Triton."""
+    if name == "rotary_kernel":
+        from tilestack.kernels.rotary.triton_portable import rotary_kernel
+
+        return rotary_kernel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def apply_rotary(

@@ -49,7 +49,7 @@ sys.meta_path.insert(0, Hide())
 def run_python(program: str, folder: Path, *arguments) -> subprocess.CompletedProcess:
     path = folder / "program.py"
     path.write_text(program)
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
     environment.pop("TRITON_INTERPRET", None)
     return subprocess.run(
