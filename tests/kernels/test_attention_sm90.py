@@ -103,56 +103,8 @@ def test_very_many_very_short_documents_are_refused_with_gradients(documents, qu
     assert sm90_gluon.refuses(Call(device, tensors, params, needs_grad=False)) is None
 
 
-FORWARD, BACKWARD = "sm90_forward", "sm90_backward"
+BACKWARD = "sm90_backward"
 PLANTED = {  # the module, lines of its source, and what they become
-    "K is read before it has come": (
-        FORWARD,
-        """        mbarrier.wait(k_full.index(stage), phase)
-        issued""",
-        "        issued",
-    ),
-    "V is read before it has come": (
-        FORWARD,
-        """            mbarrier.wait(v_full.index(v_stage), v_phase)
-            summed""",
-        "            summed",
-    ),
-    "the next K tile is not waited for": (
-        FORWARD,
-        "            mbarrier.wait(k_full.index(next_stage), next_phase, pred=step + 1 < last - first)",
-        "",
-    ),
-    "V is released before P V has run": (
-        FORWARD,
-        """            acc = warpgroup_mma_wait(0, deps=[summed])
-            barrier_arrive(V_FREE + v_stage, "288", 4)
-""",
-        """            barrier_arrive(V_FREE + v_stage, "288", 4)
-            acc = warpgroup_mma_wait(0, deps=[summed])
-""",
-    ),
-    "K is never released": (
-        FORWARD,
-        """            s = warpgroup_mma_wait(1, deps=[issued])
-            barrier_arrive(K_FREE + stage, "288", 4)
-""",
-        "            s = warpgroup_mma_wait(1, deps=[issued])\n",
-    ),
-    "the producer overwrites Q": (
-        FORWARD,
-        """                    if n_items_done > 0:
-                        barrier_sync(Q_FREE + consumer, "160", 1)
-                    mbarrier""",
-        "                    mbarrier",
-    ),
-    "the turns are not handed over": (FORWARD, 'barrier_arrive(TURN + 1 - which, "256", 4)', "pass"),
-    "out is overwritten before it has left": (
-        FORWARD,
-        """            tma.store_wait(0)
-            thread_barrier()
-            staging""",
-        "            staging",
-    ),
     "Q is read before it has come": (BACKWARD, "        mbarrier.wait(q_full.index(stage), phase)\n", ""),
     "dO is read before it has come": (BACKWARD, "        mbarrier.wait(do_full.index(stage), phase)\n", ""),
     "Q is released before dK has run": (

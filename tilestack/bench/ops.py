@@ -99,11 +99,11 @@ def problem_calls(problem: Problem, tensors: Tensors, variant: Variant) -> dict[
 
 
 def results(problem: Problem, variant: Variant) -> list[torch.Tensor]:
-    """Outputs and gradients of a variant, on the CPU; the tensors are the same at each call."""
+    """Outputs and gradients of a variant; the tensors are the same at each call."""
     torch.manual_seed(0)
     *_, call = problem_calls(problem, problem.make(), variant).values()
     torch.manual_seed(1)  # for the upstream gradients: what a variant draws must not change them
-    return [each.detach().float().cpu() for each in call()]
+    return [each.detach().float() for each in call()]
 
 
 def refuse_wrong(found: list[torch.Tensor], right: list[torch.Tensor]) -> None:
@@ -154,7 +154,7 @@ def _timed(problem: Problem, name: str, variant: Variant, repeats: int) -> Itera
 
 
 def run(only: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER) -> Path:
-    """Time every implementation that runs here on every large case, print as it goes, write the result file."""
+    """Time every implementation that runs here on every large case; prints, and writes the result file, as it goes."""
     limits = ceilings()
     print(f"ceilings: {limits}", flush=True)
     device = Device.current()

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from tilestack.kernels import adamw, linear_cross_entropy, qk_norm_rope, rms_norm, swiglu
+from tilestack.kernels.adamw.op import AdamWParams
 
 TOKENS, HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 16384, 2048, 6144, 32, 4, 128, 151936
 EXPERT_PARAMETERS = (32, 1536, 2048)  # of gate_up, a quarter of a layer's experts
@@ -177,7 +178,14 @@ def _make_adamw() -> Tensors:
 
 
 def _adamw_definition(t: Tensors) -> tuple[torch.Tensor, ...]:
-    adamw(**t, **STEP, implementation="reference")
+    """In plain torch, so that torch.compile can make one kernel of it."""
+    decay, step_size, correction2_sqrt = AdamWParams(**STEP).scalars()
+    g = t["grad"].float()
+    exp_avg = STEP["beta1"] * t["exp_avg"] + (1 - STEP["beta1"]) * g
+    exp_avg_sq = STEP["beta2"] * t["exp_avg_sq"] + (1 - STEP["beta2"]) * g * g
+    master = decay * t["master"] - step_size * exp_avg / (exp_avg_sq.sqrt() / correction2_sqrt + STEP["eps"])
+    for name, value in {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq, "master": master, "param": master}.items():
+        t[name].copy_(value)
     return t["param"], t["exp_avg"], t["exp_avg_sq"], t["master"]
 
 

@@ -6,10 +6,12 @@ barriers, fast reciprocals and packed conversions. `testing/gluon_emulator.py` h
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 from triton._C.libtriton import ir
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -28,13 +30,18 @@ __all__ = [
     "async_copy",
     "barrier_arrive",
     "barrier_sync",
+    "beside",
+    "constexpr_function",
     "fence_async_shared",
     "gl",
     "gluon",
     "mbarrier",
     "narrow",
+    "partial_row_max",
+    "partial_row_sums",
     "reciprocal",
     "round_to_bf16",
+    "scale_rows",
     "swizzled",
     "tensor_descriptor",
     "thread_barrier",
@@ -111,13 +118,73 @@ def narrow(x, dtype: gl.constexpr):
         )
 
 
+@gluon.jit
+def partial_row_sums(x):
+    """[M, N] to [M, 8], the sums of every eighth column: in wgmma's layout a thread adds up what it holds already."""
+    return gl.sum(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def partial_row_max(x):
+    """[M, N] to [M, 8], the largest of every eighth column: chains of comparisons that do not wait for one another."""
+    return gl.max(gl.reshape(x, [x.shape[0], x.shape[1] // 8, 8]), 1)
+
+
+@gluon.jit
+def beside(rows, partial):
+    """rows [M] as [M, 1], in the layout of partial [M, 8]."""
+    layout: gl.constexpr = gl.SliceLayout(1, partial.type.layout)
+    return gl.convert_layout(rows, layout)[:, None]
+
+
+@constexpr_function
+def _scaling(registers):
+    """(PTX, constraints): multiplies numbers by factors unless those of the warp's rows are all 1.
+
+    In wgmma's layout the first factors are those of one of the thread's two rows, the third and fourth of the other.
+    """
+    lines = [
+        ".reg .pred p, q;",
+        f"setp.neu.f32 p, ${2 * registers}, 0f3F800000;",
+        f"setp.neu.or.f32 q, ${2 * registers + 2}, 0f3F800000, p;",
+        "vote.sync.any.pred p, q, 0xffffffff;",
+        "@!p bra L${:uid};",
+        *(f"mul.f32 ${i}, ${i}, ${2 * registers + i};" for i in range(registers)),
+        "L${:uid}:",
+    ]
+    constraints = ["=f"] * registers + [str(i) for i in range(registers)] + ["f"] * registers
+    return "{ " + " ".join(lines) + " }", ",".join(constraints)
+
+
+@gluon.jit
+def scale_rows(x, factors):
+    """x [64, N] in wgmma's layout of one warpgroup, each row times its factor [64]; cheap where all are 1."""
+    REGISTERS: gl.constexpr = min(x.shape[1] // 2, 64)
+    TEXT: gl.constexpr = _scaling(REGISTERS)
+    layout: gl.constexpr = gl.SliceLayout(1, x.type.layout)
+    columns = gl.convert_layout(factors, layout)[:, None]
+    return gl.inline_asm_elementwise(TEXT[0], TEXT[1], [x, columns], dtype=gl.float32, is_pure=False, pack=REGISTERS)
+
+
 @functools.cache  # Gluon checks a layout for ten microseconds
 def swizzled(bits: int, rank: int = 2, width: int = 128) -> gl.NVMMASharedLayout:
     """The shared-memory layout that TMA writes and wgmma reads: rows of `width` bytes, swizzled (0: plain)."""
     return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
+_DESCRIPTOR_DEFAULTS = {
+    field.name: field.default
+    for field in dataclasses.fields(TensorDescriptor)
+    if field.default is not dataclasses.MISSING
+}
+
+
 def tensor_descriptor(tensor, block: list[int], width: int = 128) -> TensorDescriptor:
     """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes."""
     layout = swizzled(8 * tensor.element_size(), len(block), width)
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), block, layout)
+    described = object.__new__(TensorDescriptor)  # its own checks take longer than the driver, which checks again
+    described.__dict__ = _DESCRIPTOR_DEFAULTS | {
+        "base": tensor, "shape": list(tensor.shape), "strides": list(tensor.stride()),
+        "block_shape": block, "layout": layout,
+    }  # fmt: skip
+    return described

@@ -206,6 +206,9 @@ class Pointer:
 
     __radd__ = __add__
 
+    def __getitem__(self, key: Any) -> Pointer:
+        return Pointer(self.memory, self.offset[key])
+
 
 class Descriptor:
     """A TMA descriptor."""
@@ -451,6 +454,10 @@ class Emulator:
             _gluon.barrier_arrive: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, False),
             _gluon.narrow: lambda x, dtype: x.to(dtype),
             _gluon.reciprocal: lambda x: 1 / x,
+            _gluon.partial_row_max: lambda x: x.reshape(x.shape[0], -1, 8).amax(1),
+            _gluon.partial_row_sums: lambda x: x.reshape(x.shape[0], -1, 8).sum(1),
+            _gluon.beside: lambda rows, partial: rows[:, None],
+            _gluon.scale_rows: lambda x, factors: x * factors[:, None],
             _gluon.round_to_bf16: lambda x: (x.bfloat16(), x.bfloat16().float()),
         }
 

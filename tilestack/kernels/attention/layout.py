@@ -26,3 +26,9 @@ def rows_by_heads(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous()
         row = heads * head_dim
     return tensor.as_strided((torch.Size(leading).numel(), heads * head_dim), (row, 1))
+
+
+def pad_heads(tensor: torch.Tensor, width: int) -> torch.Tensor:
+    """[..., D] as it is, or copied to [..., width] with zeros behind D."""
+    missing = width - tensor.shape[-1]
+    return torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor

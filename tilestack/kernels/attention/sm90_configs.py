@@ -7,18 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Forward:
-    """Constants of the kernel: BLOCK_M queries of an item (half for each consumer), BLOCK_N keys of a tile, STAGES of
-    the rings of K and V."""
+    """Constants of the kernel: CONSUMERS warpgroups of 64 queries, BLOCK_N keys of a tile, a head dimension of
+    D + REST, STAGES of the rings of K and V, Q_SLOTS buffers of Q."""
 
-    BLOCK_M: int
+    CONSUMERS: int
     BLOCK_N: int
+    D: int
+    REST: int
     STAGES: int
+    Q_SLOTS: int
 
 
-FORWARD = {  # by head dimension; shared memory: (2 BLOCK_M + 2 STAGES BLOCK_N) D * 2 bytes, 227 KB at most
-    64: Forward(128, 128, 3),
-    128: Forward(128, 128, 2),
+# By head dimension. Shared memory: (64 Q_SLOTS CONSUMERS + 2 STAGES BLOCK_N) (D + REST) * 2 bytes, 227 KB at most.
+# Registers: BLOCK_N / 2 for scores, BLOCK_N / 4 for P and (D + REST) / 2 for out, of 240 (three consumers: 160).
+FORWARD = {
+    64: Forward(3, 128, 64, 0, 2, 2),  # exponentials take as long as products: a third consumer hides more of them
+    96: Forward(2, 128, 64, 32, 2, 2),
+    128: Forward(2, 128, 128, 0, 2, 2),
+    192: Forward(2, 64, 128, 64, 2, 2),
+    256: Forward(2, 64, 256, 0, 2, 1),
 }
+
+
+def forward_size(head_dim: int) -> int:
+    """The head dimension that the forward runs with: head_dim, or the next larger one that it has tiles for."""
+    return min(size for size in FORWARD if size >= head_dim)
 
 
 @dataclass(frozen=True)

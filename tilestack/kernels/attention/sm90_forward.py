@@ -1,23 +1,32 @@
 """Attention forward for Hopper, in Gluon: TMA, mbarriers, warp specialisation, wgmma, ping-pong.
 
-A program is one producer warp and two consumer warpgroups of 64 queries each. The grid is persistent and walks over
-work items (128 queries of one head of one document), heads fastest, so that the heads that share a key head run
-together; dense input goes in sections of heads and documents whose K and V fit into L2, longest item first.
+A program is one producer warp and two or three consumer warpgroups of 64 queries each. The grid is persistent and walks
+over work items (64 queries a consumer, of one head of one document), heads fastest, so that the heads that share a key
+head run together; dense input goes in sections of heads and documents whose K and V fit into L2, longest item first.
 
-* The producer loads Q once an item, and K and V tile by tile, from the last visible key to the first, through a ring of
-  STAGES buffers. Full buffers are mbarriers (TMA counts its bytes on them), free ones are hardware barriers, which
-  cost less.
-* A consumer issues Q K' of the next tile before P V of this one, so the tensor cores work while it takes exponentials.
-  The wait for the next K tile stands between the exponentials and the wait for P V on purpose: ptxas would move that
-  wait above the exponentials, but not across the branch of an mbarrier wait.
-* Ping-pong: the consumers take turns to issue products, so that one's exponentials run under the other's products.
-* Only tiles on the diagonal, at the window's left end or at a document's end are masked.
+* The producer loads Q once an item, into Q_SLOTS buffers in turn, and K and V tile by tile, from the last visible key
+  to the first, through a ring of STAGES buffers. Full buffers are mbarriers (TMA counts its bytes on them), free ones
+  are hardware barriers, which cost less.
+* A consumer issues Q K' of the next tile before P V of this one. What P V needs first, P narrowed and out rescaled, is
+  done between the two, behind the branch of V's mbarrier, which ptxas moves little across: there it costs nothing,
+  because the tensor cores work on Q K'. What stays of a tile is a chain of comparisons, exponentials and sums. (With
+  three consumers P is narrowed at once: there are no registers for its float32 form.)
+* Out is rescaled only where the maximum of a row has grown by more than SLACK since: a weight may be 2^SLACK, not 1.
+* Ping-pong: the consumers take turns to issue products, so that this chain runs under the others' products.
+* Comparisons and sums of a row are eight that do not wait for one another (partial_row_max, partial_row_sums); sums
+  meet at the item's end only.
+* Only tiles on the diagonal, at the window's left end or at a document's end are masked, in loops of their own: the
+  loop over the others has no branch.
+* A head dimension that is no power of two is two products: 96 = 64 + 32, 192 = 128 + 64 (D and REST).
 
-P stays in registers as the left operand of P V. The running maximum starts at a finite floor, so that a query that sees
-no key ends with out = 0 and lse = -inf.
+P stays in registers as the left operand of P V. Out leaves by TMA through Q's buffer, or at a document's end from
+registers, masked. The running maximum starts at a finite floor, so that a query that sees no key ends with out = 0 and
+lse = -inf (or the sink's logit).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -25,294 +34,481 @@ from tilestack.kernels import launch
 from tilestack.kernels._gluon import (
     barrier_arrive,
     barrier_sync,
+    beside,
+    constexpr_function,
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
+    narrow,
+    partial_row_max,
+    partial_row_sums,
+    reciprocal,
+    scale_rows,
     tensor_descriptor,
     thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from tilestack.kernels.attention.layout import empty_lse, rows_by_heads
-from tilestack.kernels.attention.sm90_configs import FORWARD
+from tilestack.kernels.attention.features import lse_of_no_keys
+from tilestack.kernels.attention.layout import empty_lse, pad_heads, rows_by_heads
+from tilestack.kernels.attention.sm90_configs import FORWARD, Forward, forward_size
 from tilestack.kernels.attention.sm90_schedule import dense_schedule, piece, query_table, share, work_item
 
 LOG2E = 1.4426950408889634
-K_FREE = gl.constexpr(6)  # hardware barriers: K_FREE + stage, V_FREE + stage, Q_FREE + consumer, TURN + consumer
-V_FREE = gl.constexpr(9)
-Q_FREE = gl.constexpr(12)
-TURN = gl.constexpr(14)
+ROWS = gl.constexpr(64)  # queries of a consumer: those of one wgmma
 FLOOR = gl.constexpr(-1.0e30)
+SLACK = gl.constexpr(8.0)  # powers of two by which a weight may exceed 1 before out is rescaled
+
+
+@dataclass(frozen=True)
+class Variant(Forward):
+    """What is fixed when the kernel is compiled: its tiles, the kind of the call, and what follows from them."""
+
+    HEAD_DIM: int  # of the call's tensors; what the kernel reads is padded to WIDTH
+    GROUP: int  # query heads of a key head
+    SCHEDULED: bool
+    HAS_LEFT: bool
+    HAS_RIGHT: bool
+    HAS_CAP: bool
+    HAS_SINKS: bool
+    WIDTH: int
+    BLOCK_M: int
+    K_FREE: int  # hardware barriers: free buffers, and whose turn it is
+    V_FREE: int
+    Q_FREE: int
+    TURN: int
+    THREADS: str  # that meet at a free buffer: the consumers and the producer
+    scores: gl.NVMMADistributedLayout
+    out: gl.NVMMADistributedLayout
+    rest: gl.NVMMADistributedLayout
+
+
+@constexpr_function
+def variant(CONSUMERS, BLOCK_N, D, REST, STAGES, Q_SLOTS, *kind):
+    # here and not in the class: Triton compiles again when the text of this function changes
+    free = 5  # the first hardware barrier that Triton does not use itself
+    return Variant(
+        CONSUMERS, BLOCK_N, D, REST, STAGES, Q_SLOTS, *kind,
+        WIDTH=D + REST,
+        BLOCK_M=64 * CONSUMERS,
+        K_FREE=free,
+        V_FREE=free + STAGES,
+        Q_FREE=free + 2 * STAGES,
+        TURN=free + 2 * STAGES + Q_SLOTS,
+        THREADS=str(128 * CONSUMERS + 32),
+        scores=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16]),
+        out=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16]),
+        rest=gl.NVMMADistributedLayout([3, 0], [4, 1], [16, REST or 8, 16]),
+    )  # fmt: skip
 
 
 @gluon.jit
-def key_tiles(n_q, n_k, position, left, right, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+def key_tiles(n_q, n_k, position, left, right, C: gl.constexpr):
     """The key tiles [first, last) that any query of the item sees; at least one, so that every item has a tile."""
     high = n_k
-    if HAS_RIGHT:
-        high = gl.minimum(n_k, position + gl.minimum(n_q, BLOCK_M) + right)
-    last = (gl.maximum(high, 1) + BLOCK_N - 1) // BLOCK_N
+    if C.HAS_RIGHT:
+        high = gl.minimum(n_k, position + gl.minimum(n_q, C.BLOCK_M) + right)
+    last = (gl.maximum(high, 1) + C.BLOCK_N - 1) // C.BLOCK_N
     first = last * 0
-    if HAS_LEFT:
-        first = gl.minimum(gl.maximum(position - left, 0) // BLOCK_N, last - 1)
+    if C.HAS_LEFT:
+        first = gl.minimum(gl.maximum(position - left, 0) // C.BLOCK_N, last - 1)
     return first, last
 
 
 @gluon.jit
-def producer(q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
-             items, schedule, n_heads, left, right,
-             GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    HALF: gl.constexpr = BLOCK_M // 2
-    loaded = 0
-    n_items_done = 0
-    first_piece, end_piece, step_piece = share(schedule, gl.load(items) * n_heads, SCHEDULED)
-    for index in range(first_piece, end_piece, step_piece):
-        t = piece(schedule, index, SCHEDULED)
-        head, row_q, n_q, row_k, n_k, position, _ = work_item(t, items, n_heads)
-        first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-        column_q = head * D
-        column_k = (head // GROUP) * D
-        for step in range(last - first):
-            row = row_k + (last - 1 - step) * BLOCK_N
-            stage = loaded % STAGES
-            if loaded >= STAGES:
-                barrier_sync(K_FREE + stage, "288", 1)
-            mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [row, column_k], k_full.index(stage), k_s.index(stage))
-            if step == 0:
-                for consumer in gl.static_range(2):
-                    if n_items_done > 0:
-                        barrier_sync(Q_FREE + consumer, "160", 1)
-                    mbarrier.expect(q_full.index(consumer), q_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(
-                        q_desc, [row_q + consumer * HALF, column_q], q_full.index(consumer), q_s.index(consumer)
-                    )
-            if loaded >= STAGES:
-                barrier_sync(V_FREE + stage, "288", 1)
-            mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(v_desc, [row, column_k], v_full.index(stage), v_s.index(stage))
-            loaded += 1
-        n_items_done += 1
-    # take the last releases, so that no hardware barrier is left half full
-    for consumer in gl.static_range(2):
-        if n_items_done > 0:
-            barrier_sync(Q_FREE + consumer, "160", 1)
-    for release in range(loaded, loaded + STAGES):
-        if release >= STAGES:
-            barrier_sync(K_FREE + release % STAGES, "288", 1)
-            barrier_sync(V_FREE + release % STAGES, "288", 1)
+def load(descs, buffers, place, full, row, column, C: gl.constexpr):
+    """A tile in its one or two parts; the caller has told `full` of the bytes."""
+    tma.async_copy_global_to_shared(descs[0], [row, column], full, buffers[0].index(place))
+    if C.REST > 0:
+        tma.async_copy_global_to_shared(descs[1], [row, column + C.D], full, buffers[1].index(place))
 
 
 @gluon.jit
-def visible_scores(s, tile, full_first, full_last, n_k, own, columns, left, right, BLOCK_N: gl.constexpr,
-                   HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """Scores with -inf where a query does not see the key; tiles in [full_first, full_last) are seen by every query."""
-    if (tile < full_first) | (tile >= full_last):
-        keys = columns + tile * BLOCK_N
-        seen = (keys < n_k)[None, :]
-        if HAS_RIGHT:
-            seen = seen & (keys[None, :] <= (own + right)[:, None])
-        if HAS_LEFT:
-            seen = seen & (keys[None, :] >= (own - left)[:, None])
-        s = gl.where(seen, s, float("-inf"))
+def producer(descs, buffers, full, work, C: gl.constexpr):
+    q_descs, k_descs, v_descs = descs
+    q_s, k_s, v_s = buffers
+    q_full, k_full, v_full = full
+    items, schedule, n_heads, left, right = work
+    THREADS: gl.constexpr = C.THREADS
+    CONSUMERS: gl.constexpr = C.CONSUMERS
+    loaded = 0
+    number = 0
+    first_piece, end_piece, step_piece = share(schedule, gl.load(items) * n_heads, C.SCHEDULED)
+    for index in range(first_piece, end_piece, step_piece):
+        head, row_q, n_q, row_k, n_k, position, _ = work_item(piece(schedule, index, C.SCHEDULED), items, n_heads)
+        first, last = key_tiles(n_q, n_k, position, left, right, C)
+        column = (head // C.GROUP) * C.WIDTH
+        slot = number % C.Q_SLOTS
+        if number >= C.Q_SLOTS:
+            barrier_sync(C.Q_FREE + slot, THREADS, 1)
+        mbarrier.expect(q_full.index(slot), C.BLOCK_M * C.WIDTH * 2)
+        for consumer in gl.static_range(CONSUMERS):
+            place = slot * CONSUMERS + consumer
+            load(q_descs, q_s, place, q_full.index(slot), row_q + consumer * ROWS, head * C.WIDTH, C)
+        for step in range(last - first):
+            row = row_k + (last - 1 - step) * C.BLOCK_N
+            stage = loaded % C.STAGES
+            if loaded >= C.STAGES:
+                barrier_sync(C.K_FREE + stage, THREADS, 1)
+            mbarrier.expect(k_full.index(stage), C.BLOCK_N * C.WIDTH * 2)
+            load(k_descs, k_s, stage, k_full.index(stage), row, column, C)
+            if loaded >= C.STAGES:
+                barrier_sync(C.V_FREE + stage, THREADS, 1)
+            mbarrier.expect(v_full.index(stage), C.BLOCK_N * C.WIDTH * 2)
+            load(v_descs, v_s, stage, v_full.index(stage), row, column, C)
+            loaded += 1
+        number += 1
+    # take the last releases, so that no hardware barrier is left half full
+    for release in range(number, number + C.Q_SLOTS):
+        if release >= C.Q_SLOTS:
+            barrier_sync(C.Q_FREE + release % C.Q_SLOTS, THREADS, 1)
+    for release in range(loaded, loaded + C.STAGES):
+        if release >= C.STAGES:
+            barrier_sync(C.K_FREE + release % C.STAGES, THREADS, 1)
+            barrier_sync(C.V_FREE + release % C.STAGES, THREADS, 1)
+
+
+@gluon.jit
+def capped(s, inner, cap):
+    """cap * tanh(x) for inner * s = 2 x log2(e); tanh by an exponential, because tanh.approx is good to 11 bits."""
+    return cap - 2.0 * cap * reciprocal(gl.exp2(s * inner) + 1.0)
+
+
+@gluon.jit
+def masked(s, tile, n_k, own, columns, left, right, C: gl.constexpr):
+    """Scores with -inf where a query does not see the key."""
+    keys = (columns + tile * C.BLOCK_N)[None, :]
+    end = own * 0 + (n_k - 1)
+    if C.HAS_RIGHT:
+        end = gl.minimum(own + right, n_k - 1)
+    s = gl.where(keys <= end[:, None], s, float("-inf"))
+    if C.HAS_LEFT:
+        s = gl.where(keys >= (own - left)[:, None], s, float("-inf"))
     return s
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    HALF: gl.constexpr = BLOCK_M // 2
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    dtype: gl.constexpr = o_desc.dtype
-    zeros = gl.zeros([HALF, BLOCK_N], gl.float32, s_layout)
-    rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, s_layout))
-    columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, s_layout))
-    o_rows = gl.arange(0, HALF, layout=gl.SliceLayout(1, o_layout))
-    o_columns = gl.arange(0, D, layout=gl.SliceLayout(0, o_layout))
-    q = q_s.index(which)
-    staging = o_s.index(which)
+def issue_scores(q_s, place, k_s, stage, C: gl.constexpr):
+    """Q K' of a tile, on its way."""
+    N: gl.constexpr = C.BLOCK_N
+    layout: gl.constexpr = C.scores
+    s = gl.zeros([ROWS, N], gl.float32, layout)
+    s = warpgroup_mma(q_s[0].index(place), k_s[0].index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
+    if C.REST > 0:
+        s = warpgroup_mma(q_s[1].index(place), k_s[1].index(stage).permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def issue_out(p, v_s, stage, out, rest, C: gl.constexpr):
+    """P V of a tile added to out, on its way."""
+    p_out = gl.convert_layout(p, gl.DotOperandLayout(0, C.out, 2))
+    out = warpgroup_mma(p_out, v_s[0].index(stage), out, is_async=True)
+    if C.REST > 0:
+        p_rest = gl.convert_layout(p, gl.DotOperandLayout(0, C.rest, 2))
+        return out, warpgroup_mma(p_rest, v_s[1].index(stage), rest, is_async=True)
+    else:
+        return out, rest
+
+
+@gluon.jit
+def held(weights, dtype: gl.constexpr, C: gl.constexpr):
+    """What is kept of the weights until P V: float32, or P where registers are scarce."""
+    if C.CONSUMERS == 3:
+        return narrow(weights, dtype)
+    else:
+        return weights
+
+
+@gluon.jit
+def operand(weights, dtype: gl.constexpr, C: gl.constexpr):
+    """P of what `held` kept."""
+    if C.CONSUMERS == 3:
+        return weights
+    else:
+        return narrow(weights, dtype)
+
+
+@gluon.jit
+def wait_scores(s, C: gl.constexpr):
+    """The scores, while P V of the tile before is still on its way."""
+    return warpgroup_mma_wait(2 if C.REST > 0 else 1, deps=[s])
+
+
+@gluon.jit
+def wait_out(out, rest, C: gl.constexpr):
+    if C.REST > 0:
+        return warpgroup_mma_wait(0, deps=[out, rest])
+    else:
+        return warpgroup_mma_wait(0, deps=[out]), rest
+
+
+@gluon.jit
+def scaled(out, rest, factors, C: gl.constexpr):
+    """out with each row multiplied by its factor."""
+    out = scale_rows(out, factors)
+    if C.REST > 0:
+        rest = scale_rows(rest, factors)
+    return out, rest
+
+
+@gluon.jit
+def store(corner, values, n_rows, stride, FIRST: gl.constexpr, N: gl.constexpr, layout: gl.constexpr, C: gl.constexpr):
+    """Columns [FIRST, FIRST + N) of a consumer's rows of out, as far as there are such rows and columns."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, N, layout=gl.SliceLayout(0, layout)) + FIRST
+    mask = (rows < n_rows)[:, None]
+    if C.HEAD_DIM < FIRST + N:
+        mask = mask & (columns < C.HEAD_DIM)[None, :]
+    gl.store((corner + rows * stride)[:, None] + columns[None, :], values, mask=mask)
+
+
+@gluon.jit
+def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.constexpr):
+    o_descs, out_ptr, lse_ptr, stride_out, stride_lse = results
+    q_s, k_s, v_s = buffers
+    q_full, k_full, v_full = full
+    items, schedule, n_heads, left, right = work
+    scale, inner, cap, sinks = numbers
+    dtype: gl.constexpr = q_s[0].dtype
+    THREADS: gl.constexpr = C.THREADS
+    MINE: gl.constexpr = C.TURN + which
+    NEXT: gl.constexpr = C.TURN + (which + 1) % C.CONSUMERS
+    D: gl.constexpr = C.D
+    REST: gl.constexpr = C.REST if C.REST > 0 else 8
+    out_layout: gl.constexpr = C.out
+    rest_layout: gl.constexpr = C.rest
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, C.scores))
+    columns = gl.arange(0, C.BLOCK_N, layout=gl.SliceLayout(0, C.scores))
     stage = 0
     phase = 0
-    q_phase = 0
-    if which == 1:
-        barrier_arrive(TURN, "256", 4)
+    number = 0
+    if which == C.CONSUMERS - 1:
+        barrier_arrive(C.TURN, "256", 4)
     thread_barrier()
-    first_piece, end_piece, step_piece = share(schedule, gl.load(items) * n_heads, SCHEDULED)
+    first_piece, end_piece, step_piece = share(schedule, gl.load(items) * n_heads, C.SCHEDULED)
     for index in range(first_piece, end_piece, step_piece):
-        t = piece(schedule, index, SCHEDULED)
-        _, _, n_q, _, n_k, position, _ = work_item(t, items, n_heads)
-        first, last = key_tiles(n_q, n_k, position, left, right, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-        low = position + which * HALF
+        slot = number % C.Q_SLOTS
+        place = slot * C.CONSUMERS + which
+        _, _, n_q, _, n_k, position, _ = work_item(piece(schedule, index, C.SCHEDULED), items, n_heads)
+        first, last = key_tiles(n_q, n_k, position, left, right, C)
+        n_tiles = last - first
+        low = position + which * ROWS
         own = rows + low
-        full_last = n_k // BLOCK_N
+        full_last = n_k // C.BLOCK_N  # tiles [full_first, full_last) are seen by every query
         full_first = 0
-        if HAS_RIGHT:
-            full_last = gl.minimum(n_k, gl.maximum(low + right + 1, 0)) // BLOCK_N
-        if HAS_LEFT:
-            full_first = (gl.maximum(low + HALF - 1 - left, 0) + BLOCK_N - 1) // BLOCK_N
-        acc = gl.zeros([HALF, D], gl.float32, o_layout)
-        mbarrier.wait(q_full.index(which), q_phase)
+        if C.HAS_RIGHT:
+            full_last = gl.minimum(n_k, gl.maximum(low + right + 1, 0)) // C.BLOCK_N
+        if C.HAS_LEFT:
+            full_first = (gl.maximum(low + ROWS - 1 - left, 0) + C.BLOCK_N - 1) // C.BLOCK_N
+        full_from = gl.minimum(gl.maximum(last - full_last, 1), n_tiles)
+        full_to = gl.minimum(gl.maximum(last - full_first, full_from), n_tiles)
+        out = gl.zeros([ROWS, D], gl.float32, out_layout)
+        rest = gl.zeros([ROWS, REST], gl.float32, rest_layout)
+        mbarrier.wait(q_full.index(slot), number // C.Q_SLOTS % 2)
         mbarrier.wait(k_full.index(stage), phase)
-        issued = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[issued])
-        barrier_arrive(K_FREE + stage, "288", 4)
-        tile = last - 1
-        s = visible_scores(s, tile, full_first, full_last, n_k, own, columns, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-        m = gl.maximum(gl.max(s, 1) * scale, FLOOR)
-        p = gl.exp2(s * scale - m[:, None])
-        total = gl.sum(p, 1)
-        p_left = gl.convert_layout(p.to(dtype), p_layout)
+        s = warpgroup_mma_wait(0, deps=[issue_scores(q_s, place, k_s, stage, C)])
+        barrier_arrive(C.K_FREE + stage, THREADS, 4)
+        if C.HAS_CAP:
+            s = capped(s, inner, cap)
+        if (last > full_last) | (last <= full_first):
+            s = masked(s, last - 1, n_k, own, columns, left, right, C)
+        m = gl.maximum(gl.max(partial_row_max(s), 1) * scale, FLOOR)
+        m = gl.convert_layout(m, gl.SliceLayout(1, C.scores))
+        alpha = gl.exp2(m - m)
+        weights = gl.exp2(s * scale - m[:, None])
+        total = partial_row_sums(weights)
+        weights = held(weights, dtype, C)
         v_stage = stage
         v_phase = phase
-        phase = gl.where(v_stage + 1 == STAGES, v_phase ^ 1, v_phase)
-        stage = gl.where(v_stage + 1 == STAGES, 0, v_stage + 1)
-        mbarrier.wait(k_full.index(stage), phase, pred=last - first > 1)
-        for step in range(1, last - first):
-            barrier_sync(TURN + which, "256", 4)
-            issued = warpgroup_mma(q, k_s.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_stage), v_phase)
-            summed = warpgroup_mma(p_left, v_s.index(v_stage), acc, is_async=True)
-            barrier_arrive(TURN + 1 - which, "256", 4)
-            s = warpgroup_mma_wait(1, deps=[issued])
-            barrier_arrive(K_FREE + stage, "288", 4)
-            tile = last - 1 - step
-            s = visible_scores(
-                s, tile, full_first, full_last, n_k, own, columns, left, right, BLOCK_N, HAS_LEFT, HAS_RIGHT
-            )
-            m_new = gl.maximum(m, gl.max(s, 1) * scale)
-            p = gl.exp2(s * scale - m_new[:, None])
-            alpha = gl.exp2(m - m_new)
-            m = m_new
-            total = total * alpha + gl.sum(p, 1)
-            next_phase = gl.where(stage + 1 == STAGES, phase ^ 1, phase)
-            next_stage = gl.where(stage + 1 == STAGES, 0, stage + 1)
-            mbarrier.wait(k_full.index(next_stage), next_phase, pred=step + 1 < last - first)
-            acc = warpgroup_mma_wait(0, deps=[summed])
-            barrier_arrive(V_FREE + v_stage, "288", 4)
-            acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, o_layout))[:, None]
-            p_left = gl.convert_layout(p.to(dtype), p_layout)
-            v_stage = stage
-            v_phase = phase
-            stage = next_stage
-            phase = next_phase
-        barrier_arrive(Q_FREE + which, "160", 4)
-        mbarrier.wait(v_full.index(v_stage), v_phase)
-        summed = warpgroup_mma(p_left, v_s.index(v_stage), acc, is_async=True)
-        # read the item again: kept through the loop, its numbers would take registers
-        head, row_q, n_q, _, _, _, row_lse = work_item(piece(schedule, index, SCHEDULED), items, n_heads)
-        mine = n_q - which * HALF
-        natural = (m + gl.log2(total)) * 0.6931471805599453
-        gl.store(lse + (head * stride_lse + row_lse + which * HALF + rows), natural, mask=rows < mine)
-        inverse = gl.where(total > 0, 1.0 / total, 0.0)
-        acc = warpgroup_mma_wait(0, deps=[summed])
-        barrier_arrive(V_FREE + v_stage, "288", 4)
-        result = (acc * gl.convert_layout(inverse, gl.SliceLayout(1, o_layout))[:, None]).to(dtype)
-        row = row_q + which * HALF
-        if mine >= HALF:
+        phase = gl.where(v_stage + 1 == C.STAGES, v_phase ^ 1, v_phase)
+        stage = gl.where(v_stage + 1 == C.STAGES, 0, v_stage + 1)
+        if (number > 0) & (C.Q_SLOTS > 1):  # out of the item before has left its slot by now
             tma.store_wait(0)
-            thread_barrier()
-            staging.store(result)
+            barrier_arrive(C.Q_FREE + (number - 1) % C.Q_SLOTS, THREADS, 4)
+        mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
+        for part in gl.static_range(3 if C.HAS_LEFT else 2):  # masked tiles, full ones, masked ones
+            begin = 1 if part == 0 else (full_from if part == 1 else full_to)
+            end = full_from if part == 0 else (full_to if part == 1 and C.HAS_LEFT else n_tiles)
+            for step in range(begin, end):
+                barrier_sync(MINE, "256", 4)
+                s_issued = issue_scores(q_s, place, k_s, stage, C)
+                mbarrier.wait(v_full.index(v_stage), v_phase)
+                out, rest = scaled(out, rest, alpha, C)
+                out_issued, rest_issued = issue_out(operand(weights, dtype, C), v_s, v_stage, out, rest, C)
+                barrier_arrive(NEXT, "256", 4)
+                s = wait_scores(s_issued, C)
+                barrier_arrive(C.K_FREE + stage, THREADS, 4)
+                if C.HAS_CAP:
+                    s = capped(s, inner, cap)
+                if part != 1:
+                    s = masked(s, last - 1 - step, n_k, own, columns, left, right, C)
+                largest = gl.convert_layout(gl.max(partial_row_max(s), 1), gl.SliceLayout(1, C.scores)) * scale
+                m_new = gl.where(largest > m + SLACK, largest, m)
+                alpha = gl.exp2(m - m_new)
+                m = m_new
+                out, rest = wait_out(out_issued, rest_issued, C)
+                barrier_arrive(C.V_FREE + v_stage, THREADS, 4)
+                weights = gl.exp2(s * scale - m[:, None])
+                total = total * beside(alpha, total) + partial_row_sums(weights)
+                weights = held(weights, dtype, C)
+                v_stage = stage
+                v_phase = phase
+                phase = gl.where(v_stage + 1 == C.STAGES, v_phase ^ 1, v_phase)
+                stage = gl.where(v_stage + 1 == C.STAGES, 0, v_stage + 1)
+                mbarrier.wait(k_full.index(stage), phase, pred=step + 1 < n_tiles)
+        mbarrier.wait(v_full.index(v_stage), v_phase)
+        out, rest = scaled(out, rest, alpha, C)
+        out_issued, rest_issued = issue_out(operand(weights, dtype, C), v_s, v_stage, out, rest, C)
+        # read the item again: kept through the loop, its numbers would take registers
+        head, row_q, n_q, _, _, _, row_lse = work_item(piece(schedule, index, C.SCHEDULED), items, n_heads)
+        n_rows = n_q - which * ROWS
+        row = row_q + which * ROWS
+        sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, C.scores))
+        of_keys = 1.0
+        if C.HAS_SINKS:
+            sink = gl.cast(gl.load(sinks + head), gl.float32) * 1.4426950408889634
+            largest = gl.maximum(m, sink)
+            of_keys = gl.exp2(m - largest)
+            sums = sums * of_keys + gl.exp2(sink - largest)
+            m = largest
+        lse = (m + gl.log2(sums)) * 0.6931471805599453
+        gl.store(lse_ptr + (head * stride_lse + row_lse + which * ROWS + rows), lse, mask=rows < n_rows)
+        inverse = gl.where(sums > 0, of_keys / sums, 0.0)
+        out, rest = wait_out(out_issued, rest_issued, C)
+        barrier_arrive(C.V_FREE + v_stage, THREADS, 4)
+        out, rest = scaled(out, rest, inverse, C)
+        if (n_rows >= ROWS) & (C.HEAD_DIM == C.WIDTH):  # by TMA, through the buffer of Q, which nobody reads any more
+            q_s[0].index(place).store(narrow(out, dtype))
+            if C.REST > 0:
+                q_s[1].index(place).store(narrow(rest, dtype))
             fence_async_shared()
             thread_barrier()
-            tma.async_copy_shared_to_global(o_desc, [row, head * D], staging)
-        elif mine > 0:  # the document's end: the rows below belong to the next one
-            corner = gl.cast(row, gl.int64) * stride_out + head * D
-            places = (o_rows * stride_out)[:, None] + o_columns[None, :]
-            gl.store(out + corner + places, result, mask=(o_rows < mine)[:, None])
-        q_phase = q_phase ^ 1
-    if which == 0:
-        barrier_sync(TURN, "256", 4)
+            tma.async_copy_shared_to_global(o_descs[0], [row, head * C.WIDTH], q_s[0].index(place))
+            if C.REST > 0:
+                tma.async_copy_shared_to_global(o_descs[1], [row, head * C.WIDTH + C.D], q_s[1].index(place))
+        elif n_rows > 0:
+            corner = out_ptr + (gl.cast(row, gl.int64) * stride_out + head * C.HEAD_DIM)
+            store(corner, narrow(out, dtype), n_rows, stride_out, 0, D, out_layout, C)
+            if C.REST > 0:
+                store(corner, narrow(rest, dtype), n_rows, stride_out, D, REST, rest_layout, C)
+        if C.Q_SLOTS == 1:
+            tma.store_wait(0)
+            barrier_arrive(C.Q_FREE, THREADS, 4)
+        number = number + 1
     tma.store_wait(0)
+    if (number > 0) & (C.Q_SLOTS > 1):
+        barrier_arrive(C.Q_FREE + (number - 1) % C.Q_SLOTS, THREADS, 4)
+    if which == 0:
+        barrier_sync(C.TURN, "256", 4)
 
 
 @gluon.jit
-def consumer_0(o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-               items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-               BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-               SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    consumer(0, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-             BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+def consumer_0(results, buffers, full, work, numbers, C: gl.constexpr):
+    consumer(0, results, buffers, full, work, numbers, C)
 
 
 @gluon.jit
-def consumer_1(o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-               items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-               BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-               SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    consumer(1, o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-             BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)  # fmt: skip
+def consumer_1(results, buffers, full, work, numbers, C: gl.constexpr):
+    consumer(1, results, buffers, full, work, numbers, C)
+
+
+@gluon.jit
+def consumer_2(results, buffers, full, work, numbers, C: gl.constexpr):
+    consumer(2, results, buffers, full, work, numbers, C)
+
+
+@gluon.jit
+def allocate(desc, rest_desc, count: gl.constexpr, n_rows: gl.constexpr, C: gl.constexpr):
+    """`count` buffers of n_rows rows, in their one or two parts."""
+    first = gl.allocate_shared_memory(desc.dtype, [count, n_rows, C.D], desc.layout)
+    if C.REST > 0:
+        return first, gl.allocate_shared_memory(desc.dtype, [count, n_rows, C.REST], rest_desc.layout)
+    else:
+        return first, first
+
+
+@gluon.jit
+def full_barriers(count: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(count):
+        mbarrier.init(barriers.index(i), count=1)
+    return barriers
 
 
 @gluon.jit(do_not_specialize=["left", "right"])
-def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, out, lse,
-                             items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-                             GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
-                             BLOCK_N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-                             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    HALF: gl.constexpr = BLOCK_M // 2
-    q_s = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], q_desc.layout)
-    o_s = gl.allocate_shared_memory(q_desc.dtype, [2, HALF, D], o_desc.layout)
-    k_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_N, D], k_desc.layout)
-    v_s = gl.allocate_shared_memory(q_desc.dtype, [STAGES, BLOCK_N, D], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(q_full.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-    gl.warp_specialize([
-        (consumer_0, (o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-                      items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-                      BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)),
-        (consumer_1, (o_desc, out, lse, q_s, k_s, v_s, o_s, q_full, k_full, v_full,
-                      items, schedule, n_heads, left, right, scale, stride_lse, stride_out,
-                      BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)),
-        (producer, (q_desc, k_desc, v_desc, q_s, k_s, v_s, q_full, k_full, v_full,
-                    items, schedule, n_heads, left, right,
-                    GROUP, BLOCK_M, BLOCK_N, D, STAGES, SCHEDULED, HAS_LEFT, HAS_RIGHT)),
-    ], [4, 1], [240, 24])  # fmt: skip
+def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, q_rest, k_rest, v_rest, o_rest, out, lse, sinks,
+                             items, schedule, n_heads, left, right, scale, inner, cap, stride_out, stride_lse,
+                             CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, REST: gl.constexpr,
+                             STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, GROUP: gl.constexpr,
+                             SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+                             HAS_CAP: gl.constexpr, HAS_SINKS: gl.constexpr):  # fmt: skip
+    C: gl.constexpr = variant(CONSUMERS, BLOCK_N, D, REST, STAGES, Q_SLOTS, HEAD_DIM, GROUP,
+                              SCHEDULED, HAS_LEFT, HAS_RIGHT, HAS_CAP, HAS_SINKS)  # fmt: skip
+    results = ((o_desc, o_rest), out, lse, stride_out, stride_lse)
+    buffers = (
+        allocate(q_desc, q_rest, Q_SLOTS * CONSUMERS, ROWS, C),
+        allocate(k_desc, k_rest, STAGES, BLOCK_N, C),
+        allocate(v_desc, v_rest, STAGES, BLOCK_N, C),
+    )
+    full = (full_barriers(Q_SLOTS), full_barriers(STAGES), full_barriers(STAGES))
+    work = (items, schedule, n_heads, left, right)
+    numbers = (scale, inner, cap, sinks)
+    descs = ((q_desc, q_rest), (k_desc, k_rest), (v_desc, v_rest))
+    if CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer_0, (results, buffers, full, work, numbers, C)),
+            (consumer_1, (results, buffers, full, work, numbers, C)),
+            (producer, (descs, buffers, full, work, C)),
+        ], [4, 1], [240, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer_0, (results, buffers, full, work, numbers, C)),
+            (consumer_1, (results, buffers, full, work, numbers, C)),
+            (consumer_2, (results, buffers, full, work, numbers, C)),
+            (producer, (descs, buffers, full, work, C)),
+        ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
-    """out and lse of the contract; q, k, v as `refuses` lets them through."""
+    """out and lse of the contract; tensors as `refuses` lets them through."""
     out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), empty_lse(q)
     if q.numel() == 0:
         return out, lse
     if k.numel() == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    config = FORWARD[q.shape[-1]]
+        return out.zero_(), lse_of_no_keys(q, sinks)
     heads, head_dim = q.shape[-2:]
+    size = forward_size(head_dim)
+    config = FORWARD[size]
+    block_m = ROWS.value * config.CONSUMERS
     dense = cu_seqlens_q is None
-    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, config.BLOCK_M)
+    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m)
     programs = min(bound * heads, launch.multiprocessors(q))
-    schedule = dense_schedule(q, k, config.BLOCK_M, config.BLOCK_N, params, programs) if dense else items
-    q_desc, k_desc, v_desc, o_desc = (
-        tensor_descriptor(rows_by_heads(each), [block, head_dim])
-        for each, block in (
-            (q, config.BLOCK_M // 2),
-            (k, config.BLOCK_N),
-            (v, config.BLOCK_N),
-            (out, config.BLOCK_M // 2),
-        )
-    )
+    schedule = dense_schedule(q, k, block_m, config.BLOCK_N, params, programs) if dense else items
+    scale, inner, cap = params.softmax_scale * LOG2E, 0.0, params.softcap * LOG2E
+    if cap:  # capped scores are powers of two already
+        scale, inner = 1.0, 2 * params.softmax_scale * LOG2E / params.softcap
+    tensors = [rows_by_heads(pad_heads(each, size)) for each in (q, k, v)]
+    tensors.append(rows_by_heads(out) if head_dim == size else tensors[0])  # padded, out does not leave by TMA
     with launch.on_device(q):
         attention_forward_kernel[(programs,)](
-            q_desc, k_desc, v_desc, o_desc, out, lse,
-            items, schedule, heads, params.window_left, params.window_right,
-            params.softmax_scale * LOG2E, lse.shape[-1], heads * head_dim,
-            GROUP=heads // k.shape[-2], D=head_dim, **vars(config),
-            SCHEDULED=dense, HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=4,
+            *_descriptors(tensors, config, config.D, 128), *_descriptors(tensors, config, config.REST, 2 * config.REST),
+            out, lse, sinks, items, schedule, heads, params.window_left, params.window_right,
+            scale, inner, cap, heads * head_dim, lse.shape[-1],
+            **vars(config), HEAD_DIM=head_dim, GROUP=heads // k.shape[-2],
+            SCHEDULED=dense, HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0,
+            HAS_CAP=cap > 0, HAS_SINKS=sinks is not None, num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def _descriptors(tensors, config, columns: int, swizzle: int) -> list:
+    if not columns:
+        return [None] * 4
+    blocks = (ROWS.value, config.BLOCK_N, config.BLOCK_N, ROWS.value)
+    return [
+        tensor_descriptor(each, [block, columns], min(128, swizzle))
+        for each, block in zip(tensors, blocks, strict=True)
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tilestack.kernels.attention.features import refuses_features
+from tilestack.kernels.attention.features import SINKS, SOFTCAP, refuses_features
 from tilestack.kernels.attention.sm90_backward import backward
 from tilestack.kernels.attention.sm90_configs import FORWARD
 from tilestack.kernels.attention.sm90_forward import forward
@@ -13,6 +13,7 @@ from tilestack.kernels.dispatch import Call
 __all__ = ["AUXILIARY", "SAVED", "backward", "forward", "refuses"]
 
 AUXILIARY = ()
+WITH_GRADIENTS = (64, 128)  # head dimensions of the backward
 SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
 
 
@@ -20,9 +21,11 @@ def refuses(call: Call) -> str | None:
     head_dim = call.shape("q")[-1]
     if call.dtype("q") not in (torch.bfloat16, torch.float16):
         return f"is for bfloat16 and float16, got {call.dtype('q')}"
-    if head_dim not in FORWARD:
-        return f"is for head dimensions {', '.join(map(str, FORWARD))}, got {head_dim}"
-    missing = refuses_features(call)
+    if head_dim > max(FORWARD):
+        return f"is for head dimensions up to {max(FORWARD)}, got {head_dim}"
+    if call.needs_grad and head_dim not in WITH_GRADIENTS:
+        return f"has gradients for head dimensions {', '.join(map(str, WITH_GRADIENTS))}, got {head_dim}"
+    missing = refuses_features(call, () if call.needs_grad else (SOFTCAP, SINKS))
     if missing:
         return missing
     if call.params.deterministic and call.needs_grad:
