@@ -7,7 +7,18 @@ import torch
 from PIL import Image
 
 from tilestack.bench import plots, tables
-from tilestack.bench.numerics import FACTOR, FLOAT32, OURS, RIVALS, WINDOW, NumericsCase, judge, smoothed, train_all
+from tilestack.bench.numerics import (
+    FACTOR,
+    FLOAT32,
+    OURS,
+    RIVALS,
+    WINDOW,
+    NumericsCase,
+    jobs_of,
+    judge,
+    smoothed,
+    train,
+)  # fmt: skip
 
 TINY = NumericsCase(
     layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, experts=4, top_k=2, expert_hidden=16, vocabulary=260,
@@ -66,7 +77,7 @@ def test_differences_are_averaged_over_the_window():
 def trained():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    runs = train_all(TINY, torch.device("cpu"))
+    runs = {(job.order, job.implementation): train(job) for job in jobs_of(TINY, "cpu")}
     torch.set_num_threads(threads)
     return runs
 

@@ -13,9 +13,8 @@ tilestack is the farthest with probability 1/3. How many steps lie inside E itse
 
 from __future__ import annotations
 
-import gc
+import functools
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,14 @@ from tilestack.app.data.tokenizer import open_tokenizer
 from tilestack.app.model import new_config
 from tilestack.app.schedule import learning_rate
 from tilestack.app.trace.rival import PlainTransformers, as_transformers_likes_it
+from tilestack.bench.isolated import side_by_side
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings
 from tilestack.distributed import OptimizerConfig, World
 from tilestack.distributed.local import LocalEngine
 
 WINDOW, FACTOR = 20, 2
+PATIENCE_S = 240.0  # of all runs together
 FLOAT32, OURS = "transformers float32", "tilestack"
 # attention and experts of transformers' runs; float32 takes the plainest of both
 RIVALS = {
@@ -81,24 +82,22 @@ class NumericsCase:
         return new_config(model, vocabulary, end_of_text=0)
 
 
-def texts(case: NumericsCase) -> tuple[int, dict[int, list[MicroBatch]]]:
-    """The size of the vocabulary, and the batches of every order: Python's language reference, without gaps."""
+def text(case: NumericsCase, order: int) -> tuple[int, list[MicroBatch]]:
+    """The size of the vocabulary, and the batches of an order: Python's language reference, without gaps."""
     data = DataConfig(vocab_size=case.vocabulary, eval_documents=4)
     source = open_source(data)
     tokenizer = open_tokenizer(data, None, source)
+    tokens_of = functools.cache(lambda document: tokenize(tokenizer, document))  # every epoch has the same documents
 
-    def stream(order: int) -> Iterator[int]:
+    def stream() -> Iterator[int]:
         for epoch in itertools.count():
-            for text in source.epoch(order, epoch, 0):
-                yield from tokenize(tokenizer, text)
+            for document in source.epoch(order, epoch, 0):
+                yield from tokens_of(document)
 
-    batches = {}
-    for order in case.orders:
-        tokens = stream(order)
-        batches[order] = []
-        for _ in range(case.steps):
-            batch = pack([list(itertools.islice(tokens, case.seqlen)) for _ in range(case.batch)])
-            batches[order].append(batch | {"num_items": case.batch * (case.seqlen - 1)})
+    tokens, batches = stream(), []
+    for _ in range(case.steps):
+        batch = pack([list(itertools.islice(tokens, case.seqlen)) for _ in range(case.batch)])
+        batches.append(batch | {"num_items": case.batch * (case.seqlen - 1)})
     return len(tokenizer), batches
 
 
@@ -191,27 +190,44 @@ def losses_of(rows: list[dict]) -> dict[tuple[int, str], list[float]]:
     return {(row["case"]["order"], row["implementation"]): row["losses"] for row in rows}
 
 
-def train_all(case: NumericsCase, device: torch.device) -> dict[tuple[int, str], list[float]]:
-    """The losses of all runs, by (order, name); prints as it goes."""
-    vocabulary, batches = texts(case)
+@dataclass(frozen=True)
+class Job:
+    """One run: an order of the text, and who trains on it."""
+
+    case: NumericsCase
+    order: int
+    implementation: str
+    device: str
+
+
+def jobs_of(case: NumericsCase, device: str) -> list[Job]:
+    """All runs of a case."""
+    return [Job(case, order, name, device) for order in case.orders for name in (*RIVALS, OURS)]
+
+
+def train(job: Job) -> list[float]:
+    """The losses of one run."""
+    torch.set_num_threads(1)  # the others want the cores too
+    case, device = job.case, torch.device(job.device)
+    vocabulary, batches = text(case, job.order)
     shape = case.shape(vocabulary)
-    weights = start_weights(shape, device)
-    runs = {}
-    for order, name in itertools.product(case.orders, (*RIVALS, OURS)):
-        started = time.perf_counter()
-        model = build(name, shape, weights, device)
-        runs[order, name] = losses(name, model, batches[order], case, device)
-        seconds = time.perf_counter() - started
-        print(f"order {order}, {name:21} last loss {runs[order, name][-1]:.4f}, {seconds:.1f} s", flush=True)
-        del model
-        gc.collect()
-    return runs
+    model = build(job.implementation, shape, start_weights(shape, device), device)
+    return losses(job.implementation, model, batches, case, device)
 
 
 def run(case: NumericsCase, folder: Path = FOLDER) -> Path:
-    """Train all runs on the GPU, print the verdict, write the result file."""
+    """Train all runs on the GPU, print the verdict, write the result file.
+
+    The runs are side by side, each in a process of its own: a small model leaves the GPU idle most of the time.
+    """
     limits = ceilings()
-    runs = train_all(case, torch.device("cuda"))
+    torch.cuda.empty_cache()
+    runs = {}
+    for job, found in side_by_side([[job] for job in jobs_of(case, "cuda")], train, PATIENCE_S):
+        if isinstance(found, str):
+            raise RuntimeError(f"order {job.order}, {job.implementation}: {found}")
+        runs[job.order, job.implementation] = found
+        print(f"order {job.order}, {job.implementation:21} last loss {found[-1]:.4f}", flush=True)
     verdict = judge(runs)
     print(describe(verdict), flush=True)
     rows = [

@@ -266,6 +266,6 @@ def _how(found: dict[str, Any]) -> str:
         "over its time; “of ceiling” is the least time that the two ceilings allow for it, over the time that it took. "
         "Kernels that run side by side count in full, each.</p>"
         "<p class='small soft'>The losses of every step that ran, warm-up first:</p>"
-        f"<ul class='small mono'>{losses}</ul><details class='noprint'><summary class='small'>the whole configuration"
+        f"<ul class='small mono'>{losses}</ul><details><summary class='small'>the whole configuration"
         f"</summary><pre>{configuration}</pre></details>"
     )

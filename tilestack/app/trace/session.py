@@ -104,10 +104,12 @@ def _run(name: str, session: Session, weights: list[torch.Tensor]) -> dict[str, 
 
     def step() -> torch.Tensor:
         with torch.profiler.record_function(DATA):
-            seen.append(next(batches))
-            micro_batches = seen[-1].micro_batches
+            batch = next(batches)
+            micro_batches = batch.micro_batches
             if name == RIVAL:
                 micro_batches = [as_transformers_likes_it(each) for each in micro_batches]
+        # the tensors must go: what is kept of them is page-locked memory, and making more of it stops every launch
+        seen.append(dataclasses.replace(batch, micro_batches=[]))
         schedule, train = session.config.schedule, session.config.train
         lr = learning_rate(schedule, session.config.optimizer.lr, len(seen) - 1, train.steps)
         return engine.train_step(micro_batches, lr).loss
@@ -120,7 +122,8 @@ def _run(name: str, session: Session, weights: list[torch.Tensor]) -> dict[str, 
     if not traced:
         return {"name": name}
     said("working out who took the time")
-    figures = _figures(recording, seen[-session.steps :], engine, session.limits)
+    micro_batches = session.config.train.micro_batches
+    figures = _figures(recording, seen[-session.steps :], micro_batches, engine, session.limits)
     return {"name": name, "parameters": parameters(engine.model)} | figures
 
 
@@ -147,13 +150,11 @@ def _engine(name: str, session: Session) -> Engine:
 
 
 def _figures(
-    recording: Recording, batches: list[StepBatch], engine: Engine, limits: dict[str, float]
+    recording: Recording, batches: list[StepBatch], micro_batches: int, engine: Engine, limits: dict[str, float]
 ) -> dict[str, Any]:
-    """The run's figures; batches: those of the steps that are reported."""
-    first = batches[0]
-    tokens = first.tokens // engine.world_size
+    """The run's figures; batches: those of the steps that are reported, with `micro_batches` over all ranks."""
+    tokens = batches[0].tokens // engine.world_size
     length = sum(each.mean_length for each in batches) / len(batches)
-    micro_batches = engine.world_size * len(first.micro_batches)
     pairs = sum(each.attended for each in batches) / len(batches) / micro_batches / 2
     flops = tokens * training_flops_per_token(engine.model.config, length)
     found = summarise(recording.trace, engine.device.type == "cuda", Step(tokens, flops, pairs), limits)

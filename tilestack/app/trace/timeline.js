@@ -235,7 +235,4 @@
   }
 
   for (const root of document.querySelectorAll(".timeline")) new Timeline(root);
-  window.addEventListener("beforeprint", () => {
-    for (const each of document.querySelectorAll("details:not(.noprint)")) each.open = true;
-  });
 })();
