@@ -1,4 +1,4 @@
-"""Attention for Hopper (sm_90): what it covers. The kernels are in sm90_forward.py and sm90_backward.py."""
+"""Attention for Hopper (sm_90): what it covers. The kernels: sm90_forward.py, sm90_backward_kernel.py."""
 
 from __future__ import annotations
 
