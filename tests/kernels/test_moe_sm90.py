@@ -166,7 +166,7 @@ PLANTED = {  # the module, lines of its source, and what they become
     "the tile before has not left": (ROWS, "            tma.store_wait(0)\n            thread_barrier()\n", ""),
     "the activation does not wait for the product": (
         ACTIVATION,
-        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 8 == 0)",
+        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 16 == 0)",
         "pass",
     ),
     "the product does not wait for the activation": (
@@ -174,13 +174,13 @@ PLANTED = {  # the module, lines of its source, and what they become
         "            mbarrier.wait(free.index(which), (handed & 1) ^ 1)\n",
         "",
     ),
-    "the activation gives its tile back too early": (ACTIVATION, "pred=piece % 8 == 7", "pred=piece % 8 == 0"),
+    "the activation gives its tile back too early": (ACTIVATION, "pred=piece % 16 == 15", "pred=piece % 16 == 0"),
     "the activation never gives its tile back": (
         ACTIVATION,
-        "            mbarrier.arrive(free.index(which), count=1, pred=piece % 8 == 7)\n",
+        "            mbarrier.arrive(free.index(which), count=1, pred=piece % 16 == 15)\n",
         "",
     ),
-    "routing weights of the wrong tile": (ACTIVATION, "(turn ^ 1) * 4", "turn * 4"),
+    "gates and ups of the wrong tile": (ACTIVATION, "is_next = piece >= pieces", "is_next = piece > pieces"),
     "gathered rows are not waited for": (
         WEIGHTS,
         "            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",

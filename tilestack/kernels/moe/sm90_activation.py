@@ -22,15 +22,14 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, tma
+from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor
 from tilestack.kernels.moe.sm90_configs import ACTIVATION, ROUTES_CHUNK
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
-    gathered,
     init_ring,
-    next_stage,
     pass_by,
     quarters,
+    row_producer,
     row_tile,
     sigmoid,
 )
@@ -103,23 +102,6 @@ def store_chunk(pointer, own, stride: gl.constexpr, shift: gl.constexpr, column,
 
 
 @gluon.jit
-def load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty, first_step, steps,
-         stage, phase, H: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """Fill `steps` stages of the current tile; returns where the ring stands."""
-    for step in range(first_step, first_step + steps):
-        mbarrier.wait(empty.index(stage), phase ^ 1)
-        mbarrier.expect(full.index(stage), 256 * 64 * 2)
-        tma.async_copy_global_to_shared(
-            weight_desc, [expert * H + step * 64, n * 256], full.index(stage), b_s.index(stage)
-        )
-        async_copy.async_copy_global_to_shared(a_s.index(stage * 2), rows_0 + step * 64, is_row_0)
-        async_copy.async_copy_global_to_shared(a_s.index(stage * 2 + 1), rows_1 + step * 64, is_row_1)
-        async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
-        stage, phase = next_stage(stage, phase, STAGES)
-    return stage, phase
-
-
-@gluon.jit
 def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units, I: gl.constexpr,
              WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
     """One piece: writes what it is the gradient of, returns <da, a> of each row."""
@@ -140,82 +122,72 @@ def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units
 
 
 @gluon.jit
-def load_and_activate(dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights, row_to_route,
-                      block_expert, block_row, n_blocks, a_s, b_s, da_s, weight_s, weight_quarters_s, full, empty,
-                      done, free, stride, n_rows,
-                      H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
-                      WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
-                      STAGES: gl.constexpr):  # fmt: skip
-    STEPS: gl.constexpr = H // 64
-    LEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS  # a full ring: the tile before is done, or nearly
-    SPACING: gl.constexpr = (STEPS - LEAD) // 16
+def place_of(piece, row, n, next_row, next_n, pieces):
+    """First row and column of a piece of this tile or, behind its last, of the next tile."""
+    is_next = piece >= pieces
+    piece = gl.where(is_next, piece - pieces, piece)
+    return gl.where(is_next, next_row, row) + piece // 4 * 16, gl.where(is_next, next_n, n) * 256 + piece % 4 * 64
+
+
+@gluon.jit
+def activator(pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
+              n_blocks, da_s, weight_s, weight_parts_s, done, free, n_rows, I: gl.constexpr,
+              HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr,
+              WANT_DWEIGHTS: gl.constexpr):  # fmt: skip
     N_TILES: gl.constexpr = (I + 255) // 256
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
+    of_rows: gl.constexpr = gl.SliceLayout(1, layout)
+    of_block: gl.constexpr = gl.BlockedLayout([2], [32], [2], [0])
     dtype: gl.constexpr = da_s.dtype
-    half = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    rows = gl.arange(0, 32, layout=gl.SliceLayout(1, layout))
+    rows = gl.arange(0, 16, layout=of_rows)
+    block = gl.arange(0, 128, layout=of_block)
     units = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    stage = 0
-    phase = 0
     parity_0 = 0
     parity_1 = 0
-    turn = 0
-    before_row = 0  # the tile before: its first row, its column, how many pieces it has
-    before_n = 0
-    pieces = 0
-    n_tiles = gl.load(n_blocks) * N_TILES
     programs = gl.num_programs(0)
-    for t in range(gl.program_id(0), n_tiles + programs, programs):  # one turn more, for the pieces of the last tile
-        is_tile = gl.where(t < n_tiles, 1, 0)
-        place = gl.maximum(gl.minimum(t, n_tiles - 1), 0)
-        n = place % N_TILES
-        expert, row, has_second = row_tile(place // N_TILES, block_expert, block_row)
-        routes_0 = gl.load(row_to_route + (row + half))
-        routes_1 = gl.where(has_second > 0, gl.load(row_to_route + (row + 64 + half)), -1)
-        is_row_0 = (routes_0 >= 0)[:, None]
-        is_row_1 = (routes_1 >= 0)[:, None]
-        rows_0 = gathered(dout, routes_0, stride, 0, 64, TOP_K, layout)
-        rows_1 = gathered(dout, routes_1, stride, 0, 64, TOP_K, layout)
+    n_tiles = gl.load(n_blocks) * N_TILES
+    last_tile = gl.maximum(n_tiles - 1, 0)
+    first = gl.minimum(gl.program_id(0), last_tile)
+    _, row, has_second = row_tile(first // N_TILES, block_expert, block_row)
+    n = first % N_TILES
+    # gates and ups are on their way for two pieces, of 16 rows by 64 units: 16 pieces for each consumer
+    gate, up = load_chunk(pre_activation, row + rows, n * 256, units, I)
+    next_gate, next_up = load_chunk(pre_activation, row + rows, n * 256 + 64, units, I)
+    dweight = gl.zeros([16], gl.float32, of_rows)
+    for t in range(gl.program_id(0), n_tiles, programs):
+        following = gl.minimum(t + programs, last_tile)
+        _, next_row, next_has_second = row_tile(following // N_TILES, block_expert, block_row)
+        next_n = following % N_TILES
         if HAS_WEIGHTS:
-            weight_0 = gl.load(weights + gl.maximum(routes_0, 0), mask=routes_0 >= 0, other=0.0)
-            weight_1 = gl.load(weights + gl.maximum(routes_1, 0), mask=routes_1 >= 0, other=0.0)
-        gate, up = load_chunk(pre_activation, before_row + rows, before_n * 256, units, I)
-        dweight = gl.zeros([32], gl.float32, gl.SliceLayout(1, layout))
-        stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
-                            0, LEAD * is_tile, stage, phase, H, STAGES)  # fmt: skip
-        if HAS_WEIGHTS:  # here, so that no stage waits for these loads
-            weight_s.index(turn * 2).store(weight_0)
-            weight_s.index(turn * 2 + 1).store(weight_1)
+            routes = gl.where(block < 64 + 64 * has_second, gl.load(row_to_route + (row + block)), -1)
+            weight_s.index(0).store(gl.load(weights + gl.maximum(routes, 0), mask=routes >= 0, other=0.0))
+        pieces = 16 + 16 * has_second
         for piece in range(pieces):
-            stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
-                                LEAD + piece * SPACING, SPACING * is_tile, stage, phase, H, STAGES)  # fmt: skip
-            which = piece // 8  # 16 pieces: consumers, their halves, 64 units each
-            chunk = piece % 4
-            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 8 == 0)
-            da = da_s.index((which * 4 + chunk) * 2 + (piece // 4) % 2).load(layout).to(gl.float32)
-            own = before_row + piece // 4 * 32 + rows
-            weight = gl.full([32], 1.0, gl.float32, gl.SliceLayout(1, layout))
+            which = piece // 16
+            own, column = place_of(piece + 2, row, n, next_row, next_n, pieces)
+            later_gate, later_up = load_chunk(pre_activation, own + rows, column, units, I)
+            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 16 == 0)
+            # of the consumer's four chunks of 64 units, each of four pieces
+            da = da_s.index((which * 4 + piece % 4) * 4 + piece // 4 % 4).load(layout).to(gl.float32)
+            mbarrier.arrive(free.index(which), count=1, pred=piece % 16 == 15)
+            weight = gl.full([16], 1.0, gl.float32, of_rows)
             if HAS_WEIGHTS:
-                weight = weight_quarters_s.index((turn ^ 1) * 4 + piece // 4).load(gl.SliceLayout(1, layout))
-            dots = activate(gate, up, da, weight, dpre_activation, weighted, own, before_n * 256 + chunk * 64, units,
+                weight = weight_parts_s.index(piece // 4).load(of_rows)
+            own, column = place_of(piece, row, n, next_row, next_n, pieces)
+            dots = activate(gate, up, da, weight, dpre_activation, weighted, own + rows, column, units,
                             I, WANT_DPRE, WANT_WEIGHTED, dtype)  # fmt: skip
-            mbarrier.arrive(free.index(which), count=1, pred=piece % 8 == 7)
-            dweight = gl.where(chunk == 0, dots, dweight + dots)
-            if WANT_DWEIGHTS and chunk == 3:
-                gl.store(partials + (own.to(gl.int64) + gl.cast(before_n, gl.int64) * n_rows), dweight)
-            following = gl.minimum(piece + 1, pieces - 1)
-            own = before_row + following // 4 * 32 + rows
-            gate, up = load_chunk(pre_activation, own, before_n * 256 + following % 4 * 64, units, I)
-        begun = LEAD + pieces * SPACING
-        stage, phase = load(dout, weight_desc, rows_0, rows_1, is_row_0, is_row_1, expert, n, a_s, b_s, full, empty,
-                            begun, (STEPS - begun) * is_tile, stage, phase, H, STAGES)  # fmt: skip
-        parity_0 = gl.where(pieces > 0, parity_0 ^ 1, parity_0)
-        parity_1 = gl.where(pieces > 8, parity_1 ^ 1, parity_1)
-        turn = turn ^ 1
-        before_row = row
-        before_n = n
-        pieces = 8 + 8 * has_second
-    async_copy.wait_group(0)
+            dweight = gl.where(piece % 4 == 0, dots, dweight + dots)
+            if WANT_DWEIGHTS and piece % 4 == 3:
+                gl.store(partials + (gl.cast(n, gl.int64) * n_rows + own + rows), dweight)
+            gate = next_gate
+            up = next_up
+            next_gate = later_gate
+            next_up = later_up
+        parity_0 = parity_0 ^ 1
+        parity_1 = parity_1 ^ has_second
+        row = next_row
+        n = next_n
+        has_second = next_has_second
 
 
 @gluon.jit
@@ -223,7 +195,7 @@ def moe_activation_bwd_sm90_kernel(
     dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
     block_row, n_blocks, stride_dout, n_rows, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr,
     HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, SIDE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     N_TILES: gl.constexpr = (I + 255) // 256
@@ -231,15 +203,15 @@ def moe_activation_bwd_sm90_kernel(
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], weight_desc.layout)
     b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], weight_desc.layout)
     da_s = gl.allocate_shared_memory(dtype, [8, 64, 64], weight_desc.layout)
-    piece_s = da_s._reinterpret(dtype, [16, 32, 64], weight_desc.layout)
+    piece_s = da_s._reinterpret(dtype, [32, 16, 64], weight_desc.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    weight_s = gl.allocate_shared_memory(gl.float32, [4, 64], plain)  # of this tile's rows and of those before
-    weight_quarters_s = weight_s._reinterpret(gl.float32, [8, 32], plain)
+    weight_s = gl.allocate_shared_memory(gl.float32, [1, 128], plain)
+    weight_parts_s = weight_s._reinterpret(gl.float32, [8, 16], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    init_ring(full, empty, STAGES, True)
+    init_ring(full, empty, STAGES, 2)
     for which in gl.static_range(2):
         mbarrier.init(done.index(which), count=1)
         mbarrier.init(free.index(which), count=1)
@@ -248,11 +220,13 @@ def moe_activation_bwd_sm90_kernel(
                       STEPS, N_TILES, STAGES)),
         (consumer_1, (block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
                       STEPS, N_TILES, STAGES)),
-        (load_and_activate, (dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights,
-                             row_to_route, block_expert, block_row, n_blocks, a_s, b_s, piece_s, weight_s,
-                             weight_quarters_s, full, empty, done, free, stride_dout, n_rows,
-                             H, I, TOP_K, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS, STAGES)),
-    ], [4, 4], [CONSUMER_REGISTERS, LOADER_REGISTERS])  # fmt: skip
+        (activator, (pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
+                     block_row, n_blocks, piece_s, weight_s, weight_parts_s, done, free, n_rows,
+                     I, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS)),
+        (row_producer, (weight_desc, dout, weight_desc, row_to_route, block_expert, block_row, n_blocks,
+                        a_s, b_s, full, empty, stride_dout,
+                        STEPS, N_TILES, H, TOP_K, 2, False, False, STAGES)),
+    ], [4, 2, 2], [CONSUMER_REGISTERS, SIDE_REGISTERS, SIDE_REGISTERS])  # fmt: skip
 
 
 @triton.jit

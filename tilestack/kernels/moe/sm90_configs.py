@@ -35,7 +35,7 @@ class Activation:
 
     STAGES: int
     CONSUMER_REGISTERS: int
-    LOADER_REGISTERS: int
+    SIDE_REGISTERS: int
 
 
 ACTIVATION = Activation(3, 168, 168)

@@ -31,10 +31,10 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def init_ring(full, empty, STAGES: gl.constexpr, GATHER: gl.constexpr):
+def init_ring(full, empty, STAGES: gl.constexpr, GATHER_WARPS: gl.constexpr):
     for stage in gl.static_range(STAGES):
-        # one thread announces the bytes of TMA; each of the 128 that gather arrives when its copies have
-        mbarrier.init(full.index(stage), count=129 if GATHER else 1)
+        # one thread announces the bytes of TMA; each of those that gather arrives when its copies have
+        mbarrier.init(full.index(stage), count=1 + 32 * GATHER_WARPS)
         mbarrier.init(empty.index(stage), count=2)
 
 
@@ -89,9 +89,10 @@ def row_tile(block, block_expert, block_row):
 @gluon.jit
 def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
                  stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
-                 GATHER: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
+                 GATHER_WARPS: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
                  STAGES: gl.constexpr):  # fmt: skip
-    """Loads the operands of a product over rows, tile after tile: rows of a block (GATHER: of `source`, by token) and a
+    """Loads the operands of a product over rows, tile after tile: rows of a block (of `source`, by token, with GATHER_WARPS if there
+    are any) and a
     part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them gates, half
     ups) or its columns n."""
     stage = 0
@@ -99,8 +100,8 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
     for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
         n = t % N_TILES
         expert, row, has_second = row_tile(t // N_TILES, block_expert, block_row)
-        if GATHER:
-            gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+        if GATHER_WARPS:
+            gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHER_WARPS, 1], [1, 0])
             half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))
             routes_0 = gl.load(row_to_route + (row + half))
             routes_1 = gl.where(has_second > 0, gl.load(row_to_route + (row + 64 + half)), -1)
@@ -110,7 +111,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
             rows_1 = gathered(source, routes_1, stride, 0, 64, TOP_K, gather)
         for step in range(STEPS):
             mbarrier.wait(empty.index(stage), phase ^ 1)
-            if GATHER:
+            if GATHER_WARPS:
                 mbarrier.expect(full.index(stage), 256 * 64 * 2)
             else:
                 mbarrier.expect(full.index(stage), (256 + 128) * 64 * 2)
@@ -130,7 +131,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
                 tma.async_copy_global_to_shared(
                     weight_desc, [expert * EXPERT_ROWS + step * 64, n * 256], full.index(stage), b_s.index(stage)
                 )
-            if GATHER:
+            if GATHER_WARPS:
                 async_copy.async_copy_global_to_shared(a_s.index(stage * 2), rows_0 + step * 64, is_row_0)
                 async_copy.async_copy_global_to_shared(a_s.index(stage * 2 + 1), rows_1 + step * 64, is_row_1)
                 async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
@@ -140,7 +141,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
                     a_desc, [row + 64, step * 64], full.index(stage), a_s.index(stage * 2 + 1)
                 )
             stage, phase = next_stage(stage, phase, STAGES)
-    if GATHER:
+    if GATHER_WARPS:
         async_copy.wait_group(0)
 
 

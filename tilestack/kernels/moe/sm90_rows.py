@@ -110,7 +110,7 @@ def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, b
     staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], pre_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    init_ring(full, empty, STAGES, True)
+    init_ring(full, empty, STAGES, 4)
     gl.warp_specialize([
         (consumer_0, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
                       STEPS, N_TILES, I, True, True, STAGES, CHUNKS)),
@@ -118,7 +118,7 @@ def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, b
                       STEPS, N_TILES, I, True, True, STAGES, CHUNKS)),
         (row_producer, (pre_desc, x, weight_desc, row_to_route, block_expert, block_row, n_blocks,
                         a_s, halves_s, full, empty, stride_x,
-                        STEPS, N_TILES, 2 * I, TOP_K, True, True, True, STAGES)),
+                        STEPS, N_TILES, 2 * I, TOP_K, 4, True, True, STAGES)),
     ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_r
     staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    init_ring(full, empty, STAGES, False)
+    init_ring(full, empty, STAGES, 0)
     gl.warp_specialize([
         (consumer_0, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
                       STEPS, N_TILES, 0, False, TRANSPOSED, STAGES, CHUNKS)),
@@ -146,7 +146,7 @@ def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_r
                       STEPS, N_TILES, 0, False, TRANSPOSED, STAGES, CHUNKS)),
         (row_producer, (rows_desc, block_row, weight_desc, block_row, block_expert, block_row, n_blocks,
                         a_s, b_s, full, empty, 0,
-                        STEPS, N_TILES, EXPERT_ROWS, 1, False, False, TRANSPOSED, STAGES)),
+                        STEPS, N_TILES, EXPERT_ROWS, 1, 0, False, TRANSPOSED, STAGES)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 

@@ -158,7 +158,7 @@ def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, 
     staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    init_ring(full, empty, STAGES, True)
+    init_ring(full, empty, STAGES, 4)
     gl.warp_specialize([
         (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
         (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
