@@ -180,7 +180,7 @@ PLANTED = {  # the module, lines of its source, and what they become
         "            mbarrier.arrive(free.index(which), count=1, pred=piece % 16 == 15)\n",
         "",
     ),
-    "gates and ups of the wrong tile": (ACTIVATION, "is_next = piece >= pieces", "is_next = piece > pieces"),
+    "gates and ups of the wrong tile": (ACTIVATION, "gl.where(is_next, next_row, row)", "row"),
     "gathered rows are not waited for": (
         WEIGHTS,
         "            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",

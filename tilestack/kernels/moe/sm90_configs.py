@@ -26,6 +26,7 @@ class Product:
 UP = Product(4, 2, 224, 56)  # the producer gathers, with 4 warps
 ROWS = Product(4, 2, 240, 24)  # the producer is one warp: TMA alone
 WEIGHTS = Product(4, 2, 224, 56)
+WEIGHTS_AND_SUM = Product(4, 2, 184, 136)  # the producer's registers are those of the warps that add up, too
 
 
 @dataclass(frozen=True)

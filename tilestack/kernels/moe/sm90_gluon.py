@@ -62,11 +62,13 @@ def backward(dout, x, gate_up, down, topk_ids, topk_weights, pre_activation, tab
     )
     found = {"topk_weights": dweights}
     if "down" in needs:
-        found["down"] = outer(dout, weighted, layout, top_k, gather="a")
+        found["down"], _ = outer(dout, weighted, layout, top_k, gather="a")
     del weighted
-    if "gate_up" in needs:
-        found["gate_up"] = outer(dpre_activation, _aligned(x), layout, top_k, gather="b")
+    answers = None
     if "x" in needs:
         answers = multiply(dpre_activation, _aligned(gate_up), layout, transposed=False)
+    if "gate_up" in needs:  # the sum over a token's rows is made beside this product
+        found["gate_up"], found["x"] = outer(dpre_activation, _aligned(x), layout, top_k, gather="b", answers=answers)
+    elif "x" in needs:
         found["x"] = combine(answers, None, layout.route_to_row, top_k)
     return tuple(found[name] for name in needs)

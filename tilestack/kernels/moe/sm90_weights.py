@@ -14,7 +14,7 @@ from dataclasses import asdict
 
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
-from tilestack.kernels.moe.sm90_configs import WEIGHTS
+from tilestack.kernels.moe.sm90_configs import WEIGHTS, WEIGHTS_AND_SUM
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
     gathered,
@@ -60,11 +60,11 @@ def inside(routes, first_column, WIDTH: gl.constexpr, TILE: gl.constexpr, LIMIT:
 
 @gluon.jit
 def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
-             M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
+             M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr, WARPS: gl.constexpr,
              STAGES: gl.constexpr):  # fmt: skip
     M_TILES: gl.constexpr = (M + 127) // 128
     N_TILES: gl.constexpr = (N + 255) // 256
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     stage = 0
     phase = 0
@@ -148,29 +148,67 @@ def consumer_1(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E
 
 
 @gluon.jit
+def combiner(answers, route_to_row, out, T, H: gl.constexpr, TOP_K: gl.constexpr, TOP_K_PADDED: gl.constexpr):
+    """out[t] = the sum over token t's rows of `answers`, which are done: what moe_combine_kernel does, in two warps
+    beside a product that leaves memory half idle."""
+    layout: gl.constexpr = gl.BlockedLayout([TOP_K_PADDED, 8], [1, 32], [1, 2], [1, 0])
+    choices = gl.arange(0, TOP_K_PADDED, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, 512, layout=gl.SliceLayout(0, layout))
+    programs = gl.num_programs(0)
+    token = gl.program_id(0)
+    rows = gl.load(route_to_row + (token * TOP_K + choices), mask=(choices < TOP_K) & (token < T), other=-1)
+    for token in range(gl.program_id(0), T, programs):
+        is_next = (choices < TOP_K) & (token + programs < T)
+        next_rows = gl.load(route_to_row + ((token + programs) * TOP_K + choices), mask=is_next, other=-1)
+        places = gl.maximum(rows, 0).to(gl.int64) * H
+        for start in range(0, H, 512):
+            inside = (rows >= 0)[:, None] & (start + columns < H)[None, :]
+            values = gl.load(answers + (places[:, None] + (start + columns)[None, :]), mask=inside, other=0.0)
+            total = narrow(gl.sum(values.to(gl.float32), 0), out.dtype.element_ty)
+            gl.store(out + (gl.cast(token, gl.int64) * H + start + columns), total, mask=start + columns < H)
+        rows = next_rows
+
+
+@gluon.jit
 def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, stride, E,
-                                M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
+                                answers, route_to_row, combined, T,
+                                M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TOP_K_PADDED: gl.constexpr,
+                                GATHER_A: gl.constexpr, COMBINE: gl.constexpr,
                                 STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
                                 PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = out_desc.dtype
+    WARPS: gl.constexpr = 2 if COMBINE else 4  # that gather
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], out_desc.layout)
     b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], out_desc.layout)
     staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    init_ring(full, empty, STAGES, 4)
-    gl.warp_specialize([
-        (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
-        (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
-        (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
-                    M, N, TOP_K, GATHER_A, STAGES)),
-    ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    init_ring(full, empty, STAGES, WARPS)
+    if COMBINE:
+        gl.warp_specialize([
+            (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
+            (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
+            (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
+                        M, N, TOP_K, GATHER_A, 2, STAGES)),
+            (combiner, (answers, route_to_row, combined, T, N, TOP_K, TOP_K_PADDED)),
+        ], [4, 2, 2], [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
+            (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, STAGES, CHUNKS)),
+            (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
+                        M, N, TOP_K, GATHER_A, 4, STAGES)),
+        ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-def outer(a, b, layout, top_k, *, gather):
-    """[E, M, N]: for each expert the sum over its rows of a (outer) b; `gather` ("a" or "b") is of tokens, not rows."""
+def outer(a, b, layout, top_k, *, gather, answers=None):
+    """[E, M, N]: for each expert the sum over its rows of a (outer) b; `gather` ("a" or "b") is of tokens, not rows.
+
+    With answers [rows, N], beside it also [T, N]: the sum over each token's rows of them; else None."""
     height, width = a.shape[1], b.shape[1]
     out = a.new_empty((layout.experts, height, width))
+    tokens = layout.routes // top_k
+    combined = None if answers is None else a.new_empty((tokens, width))
     source, rows = (a, b) if gather == "a" else (b, a)
     block = [64, 256] if gather == "a" else [64, 64]
     rows_desc = tensor_descriptor(rows, block)
@@ -178,6 +216,8 @@ def outer(a, b, layout, top_k, *, gather):
         moe_weights_bwd_sm90_kernel[(launch.multiprocessors(a),)](
             rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 64]),
             layout.row_to_route, layout.by_size, layout.row_offsets, source.stride(0), layout.experts,
-            M=height, N=width, TOP_K=top_k, GATHER_A=gather == "a", **asdict(WEIGHTS), num_warps=4,
+            source if answers is None else answers, layout.route_to_row, out if combined is None else combined, tokens,
+            M=height, N=width, TOP_K=top_k, TOP_K_PADDED=launch.next_power_of_2(top_k), GATHER_A=gather == "a",
+            COMBINE=answers is not None, **asdict(WEIGHTS if answers is None else WEIGHTS_AND_SUM), num_warps=4,
         )  # fmt: skip
-    return out
+    return out, combined
