@@ -13,7 +13,7 @@ from tilestack.kernels.moe import moe
 from tilestack.kernels.qk_norm_rope import qk_norm_rope
 from tilestack.kernels.rms_norm import rms_norm
 from tilestack.kernels.rotary import rotary
-from tilestack.kernels.router import RouterOutput, load_balancing_loss, router
+from tilestack.kernels.router import RouterOutput, load_balancing_loss, router, router_z_loss
 from tilestack.kernels.sort_routes import Routes, sort_routes
 from tilestack.kernels.swiglu import swiglu
 
@@ -37,6 +37,7 @@ __all__ = [
     "rms_norm",
     "rotary",
     "router",
+    "router_z_loss",
     "sort_routes",
     "swiglu",
 ]

@@ -6,6 +6,8 @@ MAX_EXPERTS = 1024
 MAX_TOP_K = 16  # the K chosen are found one after the other
 WARPS = 4
 PROGRAMS_PER_MULTIPROCESSOR = 4  # each keeps its own share of the two statistics
+SUM_EXPERTS = 16  # of one program that adds the shares up
+SUM_SHARES = 128  # shares that it takes at a time
 
 
 def block_tokens(experts: int) -> int:

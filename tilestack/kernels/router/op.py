@@ -4,8 +4,9 @@
     topk_ids = the K experts with the largest logits, the largest first; equal ones: the lower index first
     topk_weights = probability[topk_ids], divided by its sum if `normalize`
 
-and two statistics over the tokens of `token_mask`, from which the load-balancing loss of Fedus, Zoph and Shazeer,
-"Switch Transformers" (2021), eq. 4-6, is made: how often each expert was chosen, and its summed probability.
+and three statistics over the tokens of `token_mask`: how often each expert was chosen and its summed probability, from
+which the load-balancing loss of Fedus, Zoph and Shazeer, "Switch Transformers" (2021), eq. 4-6, is made, and the sum of
+the squared logsumexp, from which the z-loss of Zoph et al., "ST-MoE" (2022), eq. 5, is made.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from tilestack.kernels.registration import Contract
 
 
 class RouterOutput(NamedTuple):
-    """topk_weights [T, K] and topk_ids [T, K] int32; tokens_per_expert [E] and probability_sum [E]."""
+    """topk_weights [T, K] and topk_ids [T, K] int32; tokens_per_expert [E], probability_sum [E] and z_sum []."""
 
     topk_weights: torch.Tensor
     topk_ids: torch.Tensor
     tokens_per_expert: torch.Tensor
     probability_sum: torch.Tensor
+    z_sum: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def _fake(logits: torch.Tensor, token_mask: torch.Tensor | None, params: RouterP
         logits.new_empty((tokens, params.top_k), dtype=torch.int32),
         logits.new_empty((experts,), dtype=wide),
         logits.new_empty((experts,), dtype=wide),
+        logits.new_empty((), dtype=wide),
     )
 
 
@@ -70,12 +73,12 @@ def router(
     logits: [T, E], floating point.
     top_k: K, from 1 to E.
     normalize: divide the K weights by their sum.
-    token_mask: [T] bool, the tokens that the two statistics count; None counts all. Every token is routed.
+    token_mask: [T] bool, the tokens that the statistics count; None counts all. Every token is routed.
     implementation: "tilestack-triton" or "reference"; None chooses.
 
-    Returns RouterOutput: topk_weights [T, K] float32, topk_ids [T, K] int32, tokens_per_expert [E] float32 and
-    probability_sum [E] float32 (float64 where logits are). Differentiable in logits through topk_weights and
-    probability_sum.
+    Returns RouterOutput: topk_weights [T, K] float32, topk_ids [T, K] int32, tokens_per_expert [E], probability_sum [E]
+    and z_sum [] float32 (float64 where logits are), the sum over tokens of logsumexp(logits)^2. Differentiable in
+    logits through topk_weights, probability_sum and z_sum.
     Raises ValueError for wrong shapes, dtypes, devices or a top_k that is not from 1 to E.
     """
     checks.floating("router", logits=logits)
@@ -104,3 +107,16 @@ def load_balancing_loss(
     experts = tokens_per_expert.shape[0]
     checks.shape("load_balancing_loss", "probability_sum", probability_sum, (experts,), "[E], like tokens_per_expert")
     return experts * torch.sum((tokens_per_expert / num_tokens) * (probability_sum / num_tokens))
+
+
+def router_z_loss(z_sum: torch.Tensor, num_tokens: int | torch.Tensor) -> torch.Tensor:
+    """The z-loss of ST-MoE (2022), eq. 5: the mean over tokens of logsumexp(logits)^2, which keeps logits small.
+
+    z_sum: [], the router's statistic, summed over the layers.
+    num_tokens: tokens that were counted times layers; a number, or a scalar tensor on the device.
+
+    Returns a scalar.
+    Raises ValueError for a z_sum that is not a scalar.
+    """
+    checks.rank("router_z_loss", "z_sum", z_sum, (0,), "a scalar")
+    return z_sum / num_tokens

@@ -28,13 +28,14 @@ def compute(logits: torch.Tensor, token_mask: torch.Tensor | None, params) -> tu
     routes = counted[:, None].expand(tokens, params.top_k).reshape(-1)
     tokens_per_expert = logits.new_zeros(experts, dtype=wide).index_add(0, topk_ids.reshape(-1), routes)
     probability_sum = (probability * counted[:, None]).sum(0)
-    return topk_weights, topk_ids.int(), tokens_per_expert, probability_sum
+    z_sum = (torch.logsumexp(logits.to(wide), -1).square() * counted).sum()
+    return topk_weights, topk_ids.int(), tokens_per_expert, probability_sum, z_sum
 
 
 def forward(logits, token_mask, params):
     return compute(logits, token_mask, params)
 
 
-def backward(dtopk_weights, dtopk_ids, dtokens, dprobability_sum, logits, token_mask, *, needs, params):
-    grads = (dtopk_weights, None, None, dprobability_sum)
+def backward(dtopk_weights, dtopk_ids, dtokens, dprobability_sum, dz_sum, logits, token_mask, *, needs, params):
+    grads = (dtopk_weights, None, None, dprobability_sum, dz_sum)
     return gradients(compute, {"logits": logits, "token_mask": token_mask}, grads, needs, params)
