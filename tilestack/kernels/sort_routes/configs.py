@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 MAX_EXPERTS = 1024
-BLOCK_ROUTES = 512  # routes of one program: 256 programs for 16k tokens with 8 routes each
-SCAN_BLOCKS = 32  # rows of counts that the one scanning program takes at a time
 WARPS = 8
+FEWEST_ROUTES = 512  # of one program
+MOST_BLOCKS = 256  # each program reads the counts of all blocks
+
+
+def block_routes(routes: int) -> int:
+    """Routes of one program: a power of two, because it is a constant of the kernel."""
+    return max(FEWEST_ROUTES, 1 << max(0, (routes - 1) // MOST_BLOCKS).bit_length())
 
 
 def chunk(experts: int) -> int:
