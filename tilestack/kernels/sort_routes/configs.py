@@ -14,5 +14,5 @@ def block_routes(routes: int) -> int:
 
 
 def chunk(experts: int) -> int:
-    """Routes compared with every expert at once: at most 64 integers a thread at 8 warps."""
-    return max(16, min(128, 16384 // experts))
+    """Routes compared with every expert at once: 32 integers a thread at 8 warps."""
+    return max(16, min(64, 8192 // experts))
