@@ -143,6 +143,71 @@ def test_nothing_is_saved_but_inputs_the_pre_activation_and_indices():
     assert sum(tensor.numel() for tensor in others if not tensor.is_floating_point()) == E + 1 + 2 * T * K
 
 
+def test_with_recompute_no_activation_is_kept_and_gradients_have_the_same_bits():
+    tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
+    leaves = [tensors[name].requires_grad_() for name in ("x", "gate_up", "down", "topk_weights")]
+    upstream = torch.randn(T, H).to(DEVICE)
+    kept = []
+
+    def pack(tensor):
+        if tensor.is_floating_point() and all(tensor.data_ptr() != leaf.data_ptr() for leaf in leaves):
+            kept.append(tensor.numel())
+        return tensor
+
+    def run(recompute):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = moe(**tensors, recompute=recompute, implementation="tilestack-triton")
+        return sum(kept), out, *torch.autograd.grad(out, leaves, upstream)
+
+    (numbers, *plain), (again_numbers, *again) = run(False), run(True)
+    assert (numbers, again_numbers) == (T * K * 2 * I, 0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_of_weights_are_added_in_place_and_autograd_gets_none(implementation):
+    tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
+    leaves = [tensors[name].requires_grad_() for name in ("x", "gate_up", "down")]
+    upstream = torch.randn(T, H).to(DEVICE)
+    dx, *expected = torch.autograd.grad(moe(**tensors, implementation=implementation), leaves, upstream)
+    totals = {f"{name}_grad": torch.ones_like(tensors[name]) for name in ("gate_up", "down")}
+    for _ in range(2):
+        moe(**tensors, **totals, implementation=implementation).backward(upstream)
+    assert [leaf.grad is None for leaf in leaves] == [False, True, True]
+    torch.testing.assert_close(leaves[0].grad, 2 * dx)
+    for total, gradient in zip(totals.values(), expected, strict=True):
+        torch.testing.assert_close(total, 1 + 2 * gradient)
+
+
+def test_a_frozen_weight_and_a_forward_without_gradients_leave_the_sum_alone():
+    tensors = _tensors()
+    tensors["x"].requires_grad_()
+    total = torch.ones_like(tensors["down"])
+    moe(**tensors, down_grad=total).sum().backward()
+    with torch.no_grad():
+        moe(**tensors | {"down": tensors["down"].requires_grad_()}, down_grad=total)
+    assert torch.equal(total, torch.ones_like(total))
+
+
+BAD_SUMS = {
+    r"gate_up_grad must be \[6, 32, 32\]": {"gate_up_grad": torch.zeros(E, H, I)},
+    "down_grad must be torch.float32 or the dtype of down, got torch.bfloat16": {
+        "down_grad": torch.zeros(E, H, I, dtype=torch.bfloat16)
+    },
+    "down_grad must be contiguous, got the strides": {"down_grad": torch.zeros(E, I, H).mT},
+    "runs only if x or topk_weights requires a gradient": {"down_grad": torch.zeros(E, H, I)},
+}
+
+
+@pytest.mark.parametrize("message", BAD_SUMS)
+def test_a_sum_that_cannot_be_written_gets_one_clear_error(message):
+    tensors = _tensors()
+    tensors["down"].requires_grad_()
+    with pytest.raises(ValueError, match=message):
+        moe(**tensors, **BAD_SUMS[message])
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nan_of_one_experts_rows_does_not_reach_another_experts_gradient(implementation):
     tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}

@@ -65,18 +65,19 @@ def make(case, dtype):
     return tensors, random(tokens, hidden)
 
 
-def run_hopper(tensors, dout, emulator, monkeypatch, needs):
+def run_hopper(tensors, dout, emulator, monkeypatch, needs, keep=True, totals=(None, None)):
     """Out and gradients of the emulated kernels, with 2 programs in place of a GPU's multiprocessors."""
+    params = MoEParams(keep)
     with monkeypatch.context() as patch:
         for module, name in KERNELS:
             patch.setattr(module, name, emulator.launcher(getattr(module, name)))
         patch.setattr("tilestack.kernels.launch.multiprocessors", lambda tensor: 2)
         x, gate_up, down, topk_ids, topk_weights = tensors
-        out, *auxiliary = sm90_gluon.forward(*tensors, MoEParams())
-        fake = sm90_gluon.fake_auxiliary(*tensors, MoEParams())
+        out, *auxiliary = sm90_gluon.forward(*tensors, *totals, params)
+        fake = sm90_gluon.fake_auxiliary(*tensors, *totals, params)
         assert [(each.shape, each.dtype) for each in auxiliary] == [(each.shape, each.dtype) for each in fake]
-        saved = (x, gate_up, down, topk_ids, topk_weights, *auxiliary)
-        gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=MoEParams())
+        saved = (x, gate_up, down, topk_ids, topk_weights, *totals, *auxiliary)
+        gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=params)
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
 
@@ -84,8 +85,8 @@ def run_reference(tensors, dout, dtype, needs):
     tensors = [each.to(dtype) if each is not None and each.is_floating_point() else each for each in tensors]
     if tensors[4] is not None:
         tensors[4] = tensors[4].to(torch.promote_types(dtype, torch.float32))
-    (out,) = reference.forward(*tensors, MoEParams())
-    gradients = reference.backward(dout.to(dtype), *tensors, needs=needs, params=MoEParams())
+    (out,) = reference.forward(*tensors, None, None, MoEParams(True))
+    gradients = reference.backward(dout.to(dtype), *tensors, None, None, needs=needs, params=MoEParams(True))
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
 
@@ -112,6 +113,27 @@ def test_emulated_hopper_kernels_take_float16(monkeypatch):
 )
 def test_a_gradient_that_nobody_needs_changes_no_other(needs, monkeypatch):
     check(CASES["one expert takes all, the others are empty"], Emulator(), monkeypatch, needs=needs)
+
+
+def test_a_pre_activation_that_is_made_again_gives_the_same_bits(monkeypatch):
+    tensors, dout = make(CASES["ids of other ranks, H and I of partial tiles"], torch.bfloat16)
+    kept, made_again = (run_hopper(tensors, dout, Emulator(), monkeypatch, NEEDS, keep) for keep in (True, False))
+    assert all(torch.equal(kept[name], made_again[name]) for name in kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_weights_are_added_to_what_is_there(dtype, monkeypatch):
+    tensors, dout = make(CASES["ids of other ranks, H and I of partial tiles"], torch.bfloat16)
+    before = [torch.randn(each.shape).to(dtype) for each in tensors[1:3]]
+    totals = [each.clone() for each in before]
+    plain = run_hopper(tensors, dout, Emulator(), monkeypatch, NEEDS)
+    found = run_hopper(tensors, dout, Emulator(), monkeypatch, ("x", "topk_weights"), totals=totals)
+    assert all(torch.equal(found[name], plain[name]) for name in ("out", "x", "topk_weights"))
+    exact = run_reference(tensors, dout, torch.float64, NEEDS)
+    for name, start, total in zip(("gate_up", "down"), before, totals, strict=True):
+        wide = start.double() + exact[name]
+        # what autograd would add: the gradient in the weights' dtype, rounded again if the sum is narrow
+        assert_close(name, total, (start.float() + plain[name].float()).to(dtype), wide)
 
 
 def test_an_empty_batch_and_routes_without_an_expert_give_zeros(monkeypatch):

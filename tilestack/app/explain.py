@@ -209,7 +209,7 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
             cu_seqlens_q=offsets, cu_seqlens_k=offsets, sinks=None, alibi_slopes=None, dropout_seed=None,
         ),
         "moe": call(
-            MoEParams(), x=spec(T, H), gate_up=experts, down=spec(E, H, I), topk_ids=ids,
+            MoEParams(keep=True), x=spec(T, H), gate_up=experts, down=spec(E, H, I), topk_ids=ids,
             topk_weights=spec(T, K, of=torch.float32),
         ),
         "router": call(RouterParams(K, shape.norm_topk_prob), logits=spec(T, E), token_mask=None),

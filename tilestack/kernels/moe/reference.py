@@ -9,7 +9,7 @@ from tilestack.kernels.dispatch import Call
 from tilestack.kernels.reference_autograd import gradients
 
 AUXILIARY = ()
-SAVED = ("x", "gate_up", "down", "topk_ids", "topk_weights")
+SAVED = ("x", "gate_up", "down", "topk_ids", "topk_weights", "gate_up_grad", "down_grad")
 
 
 def refuses(call: Call) -> str | None:
@@ -38,10 +38,15 @@ def compute(x, gate_up, down, topk_ids, topk_weights, params) -> tuple[torch.Ten
     return (x.new_zeros(x.shape, dtype=wide).index_add(0, tokens, answer).to(x.dtype),)
 
 
-def forward(x, gate_up, down, topk_ids, topk_weights, params):
+def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     return compute(x, gate_up, down, topk_ids, topk_weights, params)
 
 
-def backward(dout, x, gate_up, down, topk_ids, topk_weights, *, needs, params):
+def backward(dout, x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, *, needs, params):
     named = {"x": x, "gate_up": gate_up, "down": down, "topk_ids": topk_ids, "topk_weights": topk_weights}
-    return gradients(compute, named, (dout,), needs, params)
+    totals = {name: total for name, total in (("gate_up", gate_up_grad), ("down", down_grad)) if total is not None}
+    wanted = tuple(name for name in named if name in needs or name in totals)
+    found = dict(zip(wanted, gradients(compute, named, (dout,), wanted, params), strict=True))
+    for name, total in totals.items():
+        total += found[name]
+    return tuple(found[name] for name in needs)

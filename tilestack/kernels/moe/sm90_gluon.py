@@ -14,7 +14,7 @@ from tilestack.kernels.moe.sm90_weights import outer
 from tilestack.kernels.moe.triton_portable import combine
 
 AUXILIARY = ("pre_activation", "layout")
-SAVED = ("x", "gate_up", "down", "topk_ids", "topk_weights", *AUXILIARY)
+SAVED = ("x", "gate_up", "down", "topk_ids", "topk_weights", "gate_up_grad", "down_grad", *AUXILIARY)
 
 
 def refuses(call: Call) -> str | None:
@@ -29,10 +29,10 @@ def refuses(call: Call) -> str | None:
     return triton_portable.refuses(call)
 
 
-def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, params):
+def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     routes, experts = topk_ids.shape[0] * topk_ids.shape[1], down.shape[0]
     table = x.new_empty((table_length(routes, experts),), dtype=torch.int32)
-    return x.new_empty((max_rows(routes, experts), gate_up.shape[1])), table
+    return x.new_empty((max_rows(routes, experts) if params.keep else 0, gate_up.shape[1])), table
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,34 +41,40 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return rows.clone(memory_format=torch.contiguous_format) if rows.data_ptr() % 16 or rows.stride(0) % 16 else rows
 
 
-def forward(x, gate_up, down, topk_ids, topk_weights, params):
+def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     layout, top_k = Layout.of(topk_ids, down.shape[0]), topk_ids.shape[1]
     if topk_ids.numel() == 0:
         return x.new_empty(x.shape), x.new_empty((0, gate_up.shape[1])), layout.table
-    pre_activation, activated = up(_aligned(x), _aligned(gate_up), layout, top_k)
+    pre_activation, activated = up(_aligned(x), _aligned(gate_up), layout, top_k, pre=params.keep)
     answers = multiply(activated, _aligned(down), layout, transposed=True)
     return combine(answers, topk_weights, layout.route_to_row, top_k), pre_activation, layout.table
 
 
-def backward(dout, x, gate_up, down, topk_ids, topk_weights, pre_activation, table, *, needs, params):
+def backward(
+    dout, x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, pre_activation, table, *, needs, params
+):
     named = {"x": x, "gate_up": gate_up, "down": down, "topk_weights": topk_weights}
-    if pre_activation.shape[0] == 0:
+    if topk_ids.numel() == 0:
         return tuple(torch.zeros_like(named[name], memory_format=torch.contiguous_format) for name in needs)
+    totals = {"gate_up": gate_up_grad, "down": down_grad}
+    wanted = {*needs, *(name for name, total in totals.items() if total is not None)}
     layout, top_k = Layout(table, topk_ids.numel(), down.shape[0]), topk_ids.shape[1]
     weights = None if topk_weights is None else topk_weights.contiguous()
-    dout = _aligned(dout)
+    x, dout, gate_up = _aligned(x), _aligned(dout), _aligned(gate_up)
+    if not pre_activation.shape[0]:
+        pre_activation, _ = up(x, gate_up, layout, top_k, activate=False)
     dpre_activation, weighted, dweights = activation_backward(
-        dout, _aligned(down), pre_activation, weights, layout, top_k, needs
+        dout, _aligned(down), pre_activation, weights, layout, top_k, wanted
     )
     found = {"topk_weights": dweights}
-    if "down" in needs:
-        found["down"], _ = outer(dout, weighted, layout, top_k, gather="a")
+    if "down" in wanted:
+        found["down"], _ = outer(dout, weighted, layout, top_k, gather="a", total=down_grad)
     del weighted
-    answers = None
-    if "x" in needs:
-        answers = multiply(dpre_activation, _aligned(gate_up), layout, transposed=False)
-    if "gate_up" in needs:  # the sum over a token's rows is made beside this product
-        found["gate_up"], found["x"] = outer(dpre_activation, _aligned(x), layout, top_k, gather="b", answers=answers)
+    answers = multiply(dpre_activation, gate_up, layout, transposed=False) if "x" in needs else None
+    if "gate_up" in wanted:  # the sum over a token's rows is made beside this product
+        found["gate_up"], found["x"] = outer(
+            dpre_activation, x, layout, top_k, gather="b", answers=answers, total=gate_up_grad
+        )
     elif "x" in needs:
         found["x"] = combine(answers, None, layout.route_to_row, top_k)
     return tuple(found[name] for name in needs)

@@ -17,6 +17,7 @@ from tilestack.kernels._gluon import (
     reciprocal,
     thread_barrier,
     tma,
+    tma_reduce_add,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -163,8 +164,9 @@ def quarters(acc):
 
 
 @gluon.jit
-def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: gl.constexpr, CHUNKS: gl.constexpr):
-    """Write the tile's chunk number `index` [64, 64] through this consumer's ring of CHUNKS buffers.
+def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: gl.constexpr, CHUNKS: gl.constexpr,
+                ADD: gl.constexpr):  # fmt: skip
+    """Write the tile's chunk number `index` [64, 64], or add it, through this consumer's ring of CHUNKS buffers.
 
     The ring is empty when a tile begins (tma.store_wait(0))."""
     if index >= CHUNKS:
@@ -174,7 +176,10 @@ def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: g
     buffer.store(chunk)
     fence_async_shared()
     thread_barrier()
-    tma.async_copy_shared_to_global(desc, [row, column], buffer)
+    if ADD:
+        tma_reduce_add(desc, [row, column], buffer)
+    else:
+        tma.async_copy_shared_to_global(desc, [row, column], buffer)
 
 
 @gluon.jit

@@ -29,20 +29,27 @@ from tilestack.kernels.moe.sm90_pieces import (
 
 @gluon.jit
 def store_activation(gate, up, pre_desc, activated_desc, row, column, staging, which: gl.constexpr,
-                     index: gl.constexpr, I: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
+                     group: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr, WANT_ACTIVATED: gl.constexpr,
+                     CHUNKS: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = pre_desc.dtype
+    PRE: gl.constexpr = 2 if WANT_PRE else 0
+    first: gl.constexpr = group * (PRE + (1 if WANT_ACTIVATED else 0))
     if column < I:
-        store_chunk(pre_desc, row, column, narrow(gate, dtype), staging, which, index, CHUNKS)
-        store_chunk(pre_desc, row, I + column, narrow(up, dtype), staging, which, index + 1, CHUNKS)
-        activated = gate * sigmoid(gate) * up
-        store_chunk(activated_desc, row, column, narrow(activated, dtype), staging, which, index + 2, CHUNKS)
+        if WANT_PRE:
+            store_chunk(pre_desc, row, column, narrow(gate, dtype), staging, which, first, CHUNKS, False)
+            store_chunk(pre_desc, row, I + column, narrow(up, dtype), staging, which, first + 1, CHUNKS, False)
+        if WANT_ACTIVATED:
+            activated = narrow(gate * sigmoid(gate) * up, dtype)
+            store_chunk(activated_desc, row, column, activated, staging, which, first + PRE, CHUNKS, False)
 
 
 @gluon.jit
 def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging,
-             full, empty, STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, ACTIVATE: gl.constexpr,
-             TRANSPOSED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
-    """64 rows of each tile; ACTIVATE: out_desc is of pre_activation, and I its half."""
+             full, empty, STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+             WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+             CHUNKS: gl.constexpr):  # fmt: skip
+    """64 rows of each tile; WANT_PRE or WANT_ACTIVATED: of the up-projection, out_desc is of pre_activation, I its half."""
+    ACTIVATE: gl.constexpr = WANT_PRE or WANT_ACTIVATED
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     dtype: gl.constexpr = out_desc.dtype
     stage = 0
@@ -66,14 +73,16 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_
             first, second, third, fourth = quarters(acc)
             if ACTIVATE:
                 column = n * 128
-                store_activation(first, third, out_desc, activated_desc, own, column, staging, which, 0, I, CHUNKS)
+                store_activation(first, third, out_desc, activated_desc, own, column, staging, which, 0, I,
+                                 WANT_PRE, WANT_ACTIVATED, CHUNKS)  # fmt: skip
                 column = n * 128 + 64
-                store_activation(second, fourth, out_desc, activated_desc, own, column, staging, which, 3, I, CHUNKS)
+                store_activation(second, fourth, out_desc, activated_desc, own, column, staging, which, 1, I,
+                                 WANT_PRE, WANT_ACTIVATED, CHUNKS)  # fmt: skip
             else:
-                store_chunk(out_desc, own, n * 256, narrow(first, dtype), staging, which, 0, CHUNKS)
-                store_chunk(out_desc, own, n * 256 + 64, narrow(second, dtype), staging, which, 1, CHUNKS)
-                store_chunk(out_desc, own, n * 256 + 128, narrow(third, dtype), staging, which, 2, CHUNKS)
-                store_chunk(out_desc, own, n * 256 + 192, narrow(fourth, dtype), staging, which, 3, CHUNKS)
+                store_chunk(out_desc, own, n * 256, narrow(first, dtype), staging, which, 0, CHUNKS, False)
+                store_chunk(out_desc, own, n * 256 + 64, narrow(second, dtype), staging, which, 1, CHUNKS, False)
+                store_chunk(out_desc, own, n * 256 + 128, narrow(third, dtype), staging, which, 2, CHUNKS, False)
+                store_chunk(out_desc, own, n * 256 + 192, narrow(fourth, dtype), staging, which, 3, CHUNKS, False)
         else:
             stage, phase = pass_by(full, empty, stage, phase, STEPS, STAGES)
         expert, row, has_second = following
@@ -82,25 +91,27 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_
 
 @gluon.jit
 def consumer_0(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, ACTIVATE: gl.constexpr,
-               TRANSPOSED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
+               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+               WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+               CHUNKS: gl.constexpr):  # fmt: skip
     consumer(0, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-             STEPS, N_TILES, I, ACTIVATE, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
+             STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
 def consumer_1(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, ACTIVATE: gl.constexpr,
-               TRANSPOSED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr):  # fmt: skip
+               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+               WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+               CHUNKS: gl.constexpr):  # fmt: skip
     consumer(1, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-             STEPS, N_TILES, I, ACTIVATE, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
+             STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
 def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, block_expert, block_row, n_blocks,
-                       stride_x, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
-                       CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-                       PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+                       stride_x, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, WANT_PRE: gl.constexpr,
+                       WANT_ACTIVATED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+                       CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     N_TILES: gl.constexpr = (I + 127) // 128
     dtype: gl.constexpr = pre_desc.dtype
@@ -113,9 +124,9 @@ def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, b
     init_ring(full, empty, STAGES, 4)
     gl.warp_specialize([
         (consumer_0, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, I, True, True, STAGES, CHUNKS)),
+                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
         (consumer_1, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, I, True, True, STAGES, CHUNKS)),
+                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
         (row_producer, (pre_desc, x, weight_desc, row_to_route, block_expert, block_row, n_blocks,
                         a_s, halves_s, full, empty, stride_x,
                         STEPS, N_TILES, 2 * I, TOP_K, 4, True, True, STAGES)),
@@ -141,26 +152,29 @@ def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_r
     init_ring(full, empty, STAGES, 0)
     gl.warp_specialize([
         (consumer_0, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, 0, False, TRANSPOSED, STAGES, CHUNKS)),
+                      STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
         (consumer_1, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, 0, False, TRANSPOSED, STAGES, CHUNKS)),
+                      STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
         (row_producer, (rows_desc, block_row, weight_desc, block_row, block_expert, block_row, n_blocks,
                         a_s, b_s, full, empty, 0,
                         STEPS, N_TILES, EXPERT_ROWS, 1, 0, False, TRANSPOSED, STAGES)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
-def up(x, gate_up, layout, top_k):
-    """pre_activation [rows, 2I] and activated [rows, I]; rows behind the layout's last are not written."""
+def up(x, gate_up, layout, top_k, *, pre=True, activate=True):
+    """pre_activation [rows, 2I] and activated [rows, I]; rows behind the layout's last are not written, and what is not
+    wanted has no rows."""
     experts, width, hidden = gate_up.shape
     units = width // 2
-    pre_activation, activated = x.new_empty((layout.rows, width)), x.new_empty((layout.rows, units))
+    pre_activation = x.new_empty((layout.rows if pre else 0, width))
+    activated = x.new_empty((layout.rows if activate else 0, units))
     with launch.on_device(x):
         moe_up_sm90_kernel[(launch.multiprocessors(x),)](
             x, tensor_descriptor(gate_up.view(experts * width, hidden), [128, 64]),
-            tensor_descriptor(pre_activation, [64, 64]), tensor_descriptor(activated, [64, 64]),
+            tensor_descriptor(pre_activation if pre else activated, [64, 64]),
+            tensor_descriptor(activated if activate else pre_activation, [64, 64]),
             layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, x.stride(0),
-            H=hidden, I=units, TOP_K=top_k, **asdict(UP), num_warps=4,
+            H=hidden, I=units, TOP_K=top_k, WANT_PRE=pre, WANT_ACTIVATED=activate, **asdict(UP), num_warps=4,
         )  # fmt: skip
     return pre_activation, activated
 

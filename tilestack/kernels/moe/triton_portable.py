@@ -26,7 +26,7 @@ from tilestack.kernels.sort_routes import triton_portable as sorting
 from tilestack.kernels.sort_routes.op import SortRoutesParams
 
 AUXILIARY = ("pre_activation", "expert_offsets", "sorted_to_route", "route_to_sorted")
-SAVED = ("x", "gate_up", "down", "topk_weights", *AUXILIARY)
+SAVED = ("x", "gate_up", "down", "topk_weights", "gate_up_grad", "down_grad", *AUXILIARY)
 
 
 def refuses(call: Call) -> str | None:
@@ -99,6 +99,7 @@ def moe_up_fwd_kernel(
     x_ptr, gate_up_ptr, pre_activation_ptr, activated_ptr,
     block_expert_ptr, block_row_ptr, expert_offsets_ptr, sorted_to_route_ptr, stride_x, H, I,
     TOP_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+    WANT_PRE: tl.constexpr, WANT_ACTIVATED: tl.constexpr,
 ):  # fmt: skip
     # pre_activation[row] = gate_up[e] @ x[token], activated[row] = silu(gate) * up
     BLOCK_I: tl.constexpr = BLOCK_N // 2
@@ -126,11 +127,13 @@ def moe_up_fwd_kernel(
     units = first_unit + tl.arange(0, BLOCK_I)
     inside = is_row[:, None] & (units < I)[None, :]
     first_offset = first_row.to(tl.int64) * I
-    activated_ptrs = activated_ptr + first_offset + (offs_m[:, None] * I + units[None, :])
-    tl.store(activated_ptrs, (gate * tl.sigmoid(gate) * up).to(dtype), mask=inside)
-    pre_ptrs = pre_activation_ptr + 2 * first_offset + (offs_m[:, None] * 2 * I + units[None, :])
-    tl.store(pre_ptrs, gate.to(dtype), mask=inside)
-    tl.store(pre_ptrs + I, up.to(dtype), mask=inside)
+    if WANT_ACTIVATED:
+        activated_ptrs = activated_ptr + first_offset + (offs_m[:, None] * I + units[None, :])
+        tl.store(activated_ptrs, (gate * tl.sigmoid(gate) * up).to(dtype), mask=inside)
+    if WANT_PRE:
+        pre_ptrs = pre_activation_ptr + 2 * first_offset + (offs_m[:, None] * 2 * I + units[None, :])
+        tl.store(pre_ptrs, gate.to(dtype), mask=inside)
+        tl.store(pre_ptrs + I, up.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -168,7 +171,7 @@ def moe_rows_kernel(
 def moe_weights_bwd_kernel(
     a_ptr, b_ptr, dweight_ptr, expert_offsets_ptr, sorted_to_route_ptr, stride_a, stride_b, M, N,
     TOP_K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     # dweight[e] [M, N] = sum over the rows of e of a[row] (outer) b[row]; one of the two is gathered by token
     n_tiles = tl.cdiv(N, BLOCK_N)
@@ -197,6 +200,8 @@ def moe_weights_bwd_kernel(
         acc = _add_product(acc, a, b)
     offs = expert.to(tl.int64) * M * N + offs_m[:, None] * N + offs_n[None, :]
     inside = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    if ADD:
+        acc += tl.load(dweight_ptr + offs, mask=inside, other=0.0).to(tl.float32)
     tl.store(dweight_ptr + offs, acc.to(dweight_ptr.dtype.element_ty), mask=inside)
 
 
@@ -258,16 +263,20 @@ class _Grouped:
                 EXPERTS=launch.next_power_of_2(experts), BLOCK_M=block_m, CHUNK=ROW_BLOCKS_CHUNK, num_warps=4,
             )  # fmt: skip
 
-    def up(self, x: torch.Tensor, gate_up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """pre_activation [R, 2I] and activated [R, I]."""
+    def up(
+        self, x: torch.Tensor, gate_up: torch.Tensor, *, pre: bool = True, activate: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """pre_activation [R, 2I] and activated [R, I]; one that is not wanted is empty."""
         units, hidden = gate_up.shape[1] // 2, x.shape[1]
-        pre_activation, activated = x.new_empty((self.rows, 2 * units)), x.new_empty((self.rows, units))
+        pre_activation = x.new_empty((self.rows if pre else 0, 2 * units))
+        activated = x.new_empty((self.rows if activate else 0, units))
         flat, tile = launch.rows(x), self.tiles.up
         with launch.on_device(x):
             moe_up_fwd_kernel[(self.n_blocks * launch.cdiv(units, tile.n // 2),)](
                 flat, gate_up.contiguous(), pre_activation, activated,
                 self.block_expert, self.block_row, self.expert_offsets, self.sorted_to_route,
                 flat.stride(0), hidden, units, TOP_K=self.top_k, **_blocks(tile), EVEN_K=hidden % tile.k == 0,
+                WANT_PRE=pre, WANT_ACTIVATED=activate,
             )  # fmt: skip
         return pre_activation, activated
 
@@ -284,15 +293,20 @@ class _Grouped:
             )  # fmt: skip
         return out
 
-    def outer(self, a: torch.Tensor, b: torch.Tensor, *, gather: str) -> torch.Tensor:
-        """[E, M, N]: for each expert the sum over its rows of a (outer) b; the one named is gathered by token."""
+    def outer(
+        self, a: torch.Tensor, b: torch.Tensor, *, gather: str, total: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[E, M, N]: for each expert the sum over its rows of a (outer) b; the one named is gathered by token.
+
+        It is added to `total`, if there is one."""
         height, width = a.shape[1], b.shape[1]
-        out = a.new_empty((self.experts, height, width))
+        out = a.new_empty((self.experts, height, width)) if total is None else total
         flat_a, flat_b, tile = launch.rows(a), launch.rows(b), self.tiles.weights
         with launch.on_device(a):
             moe_weights_bwd_kernel[(self.experts * launch.cdiv(height, tile.m) * launch.cdiv(width, tile.n),)](
                 flat_a, flat_b, out, self.expert_offsets, self.sorted_to_route, flat_a.stride(0), flat_b.stride(0),
                 height, width, TOP_K=self.top_k, GATHER_A=gather == "a", GATHER_B=gather == "b", **_blocks(tile),
+                ADD=total is not None,
             )  # fmt: skip
         return out
 
@@ -301,7 +315,7 @@ class _Grouped:
         pre_activation: torch.Tensor,
         dactivated: torch.Tensor | None,
         weights: torch.Tensor | None,
-        needs: tuple[str, ...],
+        needs: set[str],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """dpre_activation [R, 2I], weighted activation [R, I] and dtopk_weights [T, K]; None where not needed."""
         units = pre_activation.shape[1] // 2
@@ -333,37 +347,43 @@ def _blocks(tile: Tile) -> dict[str, int]:
     }
 
 
-def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, params):
+def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     rows = topk_ids.shape[0] * topk_ids.shape[1]
     offsets = (x.new_empty((n,), dtype=torch.int32) for n in (down.shape[0] + 1, rows, rows))
-    return x.new_empty((rows, gate_up.shape[1])), *offsets
+    return x.new_empty((rows if params.keep else 0, gate_up.shape[1])), *offsets
 
 
-def forward(x, gate_up, down, topk_ids, topk_weights, params):
+def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     experts = down.shape[0]
     sorted_routes = sorting.forward(topk_ids, SortRoutesParams(experts))
     if topk_ids.numel() == 0:
         return x.new_empty(x.shape), x.new_empty((0, gate_up.shape[1])), *sorted_routes
     grouped = _Grouped(x, experts, sorted_routes)
-    pre_activation, activated = grouped.up(x, gate_up)
+    pre_activation, activated = grouped.up(x, gate_up, pre=params.keep)
     answers = grouped.multiply(activated, down.mT)
     return combine(answers, topk_weights, grouped.route_to_sorted, grouped.top_k), pre_activation, *sorted_routes
 
 
-def backward(dout, x, gate_up, down, topk_weights, pre_activation, *sorted_routes, needs, params):
+def backward(
+    dout, x, gate_up, down, topk_weights, gate_up_grad, down_grad, pre_activation, *sorted_routes, needs, params
+):
     named = {"x": x, "gate_up": gate_up, "down": down, "topk_weights": topk_weights}
-    if pre_activation.shape[0] == 0:
+    if sorted_routes[1].numel() == 0:
         return tuple(torch.zeros_like(named[name], memory_format=torch.contiguous_format) for name in needs)
+    totals = {"gate_up": gate_up_grad, "down": down_grad}
+    wanted = {*needs, *(name for name, total in totals.items() if total is not None)}
     grouped = _Grouped(x, down.shape[0], sorted_routes)
-    dactivated = grouped.multiply(dout, down, gather=True) if set(needs) != {"down"} else None
-    dpre_activation, weighted, dtopk_weights = grouped.swiglu_backward(pre_activation, dactivated, topk_weights, needs)
+    if not pre_activation.shape[0]:
+        pre_activation, _ = grouped.up(x, gate_up, activate=False)
+    dactivated = grouped.multiply(dout, down, gather=True) if wanted != {"down"} else None
+    dpre_activation, weighted, dtopk_weights = grouped.swiglu_backward(pre_activation, dactivated, topk_weights, wanted)
     del dactivated
     found = {"topk_weights": dtopk_weights}
-    if "down" in needs:
-        found["down"] = grouped.outer(dout, weighted, gather="a")
+    if "down" in wanted:
+        found["down"] = grouped.outer(dout, weighted, gather="a", total=down_grad)
     del weighted
-    if "gate_up" in needs:
-        found["gate_up"] = grouped.outer(dpre_activation, x, gather="b")
+    if "gate_up" in wanted:
+        found["gate_up"] = grouped.outer(dpre_activation, x, gather="b", total=gate_up_grad)
     if "x" in needs:
         answers = grouped.multiply(dpre_activation, gate_up)
         found["x"] = combine(answers, None, grouped.route_to_sorted, grouped.top_k)

@@ -67,8 +67,11 @@ CASES = OpCases(
         Case("no tokens", "an empty batch", _make(0, 64, 64, 4, 2)),
         Case("strided", "x is a slice of a wider tensor", _make(9, 64, 64, 4, 2, strided=True)),
         Case("wide", "several tiles in every dimension, none full", _make(50, 80, 112, 2, 2)),
+        Case("recompute", "the pre-activation is made again", _make(37, 64, 64, 4, 2), {"recompute": True}),
         Case("many experts", "more than tokens, and E is no power of two", _make(6, 16, 16, 140, 4)),
         Case("Qwen3-30B-A3B", "the real shape of an expert", _make(1000, 2048, 768, 16, 8), gpu_only=True),
+        Case("Qwen3-235B-A22B", "a wider model", _make(300, 4096, 1536, 8, 4), gpu_only=True),
+        Case("Qwen3-Next", "small experts, ten routes a token", _make(500, 2048, 512, 40, 10), gpu_only=True),
         Case("512 experts", "the largest E", _make(600, 64, 64, 512, 4), gpu_only=True),
     ),
 )
