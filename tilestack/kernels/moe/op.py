@@ -102,8 +102,8 @@ def moe(
     down, down_grad = _accumulating("down", down, down_grad)
     if (gate_up_grad is not None or down_grad is not None) and not (x.requires_grad or _requires_grad(topk_weights)):
         raise ValueError(
-            "moe: gate_up_grad and down_grad are written by the backward, which runs only if x or topk_weights requires "
-            "a gradient; neither does: leave them out"
+            "moe: gate_up_grad and down_grad are written by the backward, which runs only if x or topk_weights "
+            "requires a gradient; neither does: leave them out"
         )
     tensors = (x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad)
     return OP(tensors, MoEParams(keep=needs_grad and not recompute), implementation)[0]

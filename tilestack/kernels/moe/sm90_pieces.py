@@ -92,10 +92,9 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
                  stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
                  GATHER_WARPS: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
                  STAGES: gl.constexpr):  # fmt: skip
-    """Loads the operands of a product over rows, tile after tile: rows of a block (of `source`, by token, with GATHER_WARPS if there
-    are any) and a
-    part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them gates, half
-    ups) or its columns n."""
+    """Loads the operands of a product over rows, tile after tile: rows of a block (with GATHER_WARPS of `source`, by
+    token) and a part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them
+    gates, half ups) or its columns n."""
     stage = 0
     phase = 0
     for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):

@@ -48,7 +48,7 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_
              full, empty, STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
              WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
              CHUNKS: gl.constexpr):  # fmt: skip
-    """64 rows of each tile; WANT_PRE or WANT_ACTIVATED: of the up-projection, out_desc is of pre_activation, I its half."""
+    """64 rows of each tile. WANT_PRE or WANT_ACTIVATED: the up-projection, out_desc of pre_activation, I its half."""
     ACTIVATE: gl.constexpr = WANT_PRE or WANT_ACTIVATED
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     dtype: gl.constexpr = out_desc.dtype

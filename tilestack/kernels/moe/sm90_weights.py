@@ -232,12 +232,13 @@ def outer(a, b, layout, top_k, *, gather, answers=None, total=None):
     source, rows = (a, b) if gather == "a" else (b, a)
     block = [64, 256] if gather == "a" else [64, 64]
     rows_desc = tensor_descriptor(rows, block)
+    tiles = asdict(WEIGHTS if answers is None else WEIGHTS_AND_SUM)
     with launch.on_device(a):
         moe_weights_bwd_sm90_kernel[(launch.multiprocessors(a),)](
             rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 128 // out.element_size()]),
             layout.row_to_route, layout.by_size, layout.row_offsets, source.stride(0), layout.experts,
             source if answers is None else answers, layout.route_to_row, out if combined is None else combined, tokens,
             M=height, N=width, TOP_K=top_k, TOP_K_PADDED=launch.next_power_of_2(top_k), GATHER_A=gather == "a",
-            COMBINE=answers is not None, ADD=total is not None, **asdict(WEIGHTS if answers is None else WEIGHTS_AND_SUM), num_warps=4,
+            COMBINE=answers is not None, ADD=total is not None, **tiles, num_warps=4,
         )  # fmt: skip
     return out, combined

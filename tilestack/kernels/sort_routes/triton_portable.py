@@ -1,8 +1,8 @@
 """sort_routes in Triton: a counting sort in two launches, without atomics and without a look from the host.
 
 1. Each program counts the experts of its own block of routes.
-2. Each program places its block. What came before it are the counts of all blocks before, which it adds up itself: there
-   are few blocks, and a launch in between would take longer. A route's position is that, plus its rank in the block.
+2. Each program places its block: a route's position is what came before the block, plus its rank in it. The program
+   adds up the counts of earlier blocks itself: they are few, and a launch in between would take longer.
 
 An expert's positions may begin at multiples of more than 1 (ALIGN), for kernels that own whole blocks of rows.
 """
