@@ -1,4 +1,4 @@
-"""`tilestack bench moe`: a whole MoE block of Qwen3-30B-A3B, beside transformers' with grouped_mm, in one run.
+"""`tilestack bench moe`: a whole MoE block of Qwen3-30B-A3B, beside transformers' with grouped_mm and SonicMoE's.
 
 The block is the router's linear layer, the router, sorting, the experts and the weighted sum. Every implementation has
 the same bf16 weights and tokens. "random": logits are standard normal. "skewed": expert number r has -log(r) added to
@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from tilestack.bench import moe_check
+from tilestack.bench import moe_check, moe_sonic
 from tilestack.bench.first_call import no_compiled_kernels, seconds_of
-from tilestack.bench.isolated import one_after_another, side_by_side
+from tilestack.bench.isolated import PATIENCE_S, one_after_another, side_by_side
 from tilestack.bench.results import FOLDER, Row, write
 from tilestack.bench.timing import ceilings, measure
 from tilestack.kernels import moe, ops, router
@@ -123,6 +123,8 @@ def block(problem: Problem, implementation: str) -> Callable[[], torch.Tensor]:
     if implementation == "transformers":
         module = transformers_block(problem)
         return lambda: module(problem.x[None])[0]
+    if implementation == "sonic-moe":
+        return moe_sonic.block(problem)
     return lambda: _tilestack(problem, implementation)
 
 
@@ -161,7 +163,8 @@ def implementations() -> list[str]:
     """tilestack's that run on this machine, then the rivals."""
     device = Device.current()
     own = [each.name for each in ops()["moe"].implementations if each.refuses_machine(device) is None]
-    return [*(name for name in own if name != "reference"), "transformers"]
+    rivals = ["transformers", *(["sonic-moe"] if moe_sonic.is_installed() else [])]
+    return [*(name for name in own if name != "reference"), *rivals]
 
 
 @functools.lru_cache(maxsize=1)
@@ -239,14 +242,19 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
 
 def _all_rows(names: list[str], chosen: list[MoeCase]) -> Iterator[Row]:
     yield from first_calls(names)
-    for job, result in one_after_another([Job(case, name) for case in chosen for name in names], work):
-        yield from _rows(job, result)
+    slow = [name for name in names if name == "sonic-moe"]  # in processes of its own: it may compile for minutes
+    quick = [name for name in names if name not in slow]
+    for group, patience in ((quick, PATIENCE_S), (slow, moe_sonic.PATIENCE_S)):
+        jobs = [Job(case, name) for case in chosen for name in group]
+        for job, result in one_after_another(jobs, work, patience):
+            yield from _rows(job, result)
 
 
 def first_calls(names: list[str]) -> Iterator[Row]:
     """Rows of the first call in a new process, with and without compiled kernels on the disk."""
     jobs = [[Job(MoeCase(TOKENS[0]), name, first=True)] for name in names]
-    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work)] for _ in range(2))
+    patience = moe_sonic.PATIENCE_S if "sonic-moe" in names else PATIENCE_S
+    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work, patience)] for _ in range(2))
     for row, again in zip(cold, warm, strict=True):
         yield dataclasses.replace(row, warm_s=again.cold_s, error=row.error or again.error)
 
