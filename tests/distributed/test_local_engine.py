@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeForCausalLM
 
 from distributed.tiny import global_step, plain_model, tiny_model
-from tilestack.distributed import CheckpointError, DistributedConfig, OptimizerConfig, make_engine
+from tilestack.distributed import CheckpointError, DistributedConfig, OptimizerConfig, local, make_engine
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
 ACCUMULATION = 3
@@ -99,6 +99,18 @@ def test_bfloat16_gradients_of_micro_batches_are_summed_in_float32():
             torch.testing.assert_close(seen[name], gradient, rtol=0, atol=2**-8 * gradient.abs().max().item())
         else:
             assert torch.equal(seen[name], gradient), name
+
+
+def test_the_experts_add_their_gradients_to_the_sums_themselves(monkeypatch):
+    through_autograd = []
+    monkeypatch.setattr(local, "_add_and_free", lambda total, parameter: through_autograd.append(total))
+    engine = local_engine(tiny_model(torch.bfloat16))
+    engine._update = lambda lr, norm: None
+    engine.train_step(global_step(0, ACCUMULATION), lr=1e-2)
+    for name, slot in engine.slots.items():
+        came = sum(total is slot.grad for total in through_autograd)
+        is_experts = ".experts." in name
+        assert (came, bool(slot.grad.any())) == ((0, True) if is_experts else (ACCUMULATION, False)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -1,7 +1,7 @@
 """SonicMoE (PyPI sonic-moe) as a rival of `tilestack bench moe`.
 
-Its matrix products come from quack-kernels, whose autotuner compiles 24 candidates for each of six products at the first
-call: minutes. Here it has four of them, the default among them.
+Its matrix products come from quack-kernels, whose autotuner compiles dozens of candidates at the first call, which
+takes minutes. Here it has four for each product, the default among them.
 """
 
 from __future__ import annotations

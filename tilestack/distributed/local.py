@@ -83,6 +83,7 @@ class LocalEngine:
         )
         parameter.gradient_sum = slot.grad  # for what can add to it in place, as the LM head
         if slot.grad is not None:
+            parameter.gradient_sum = slot.grad  # an op that can adds to it by itself, and leaves autograd no gradient
             parameter.register_post_accumulate_grad_hook(lambda p: _add_and_free(slot.grad, p))
         return slot
 

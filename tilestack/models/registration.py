@@ -112,7 +112,14 @@ def experts_forward(
     """transformers' experts interface over our moe op: hidden_states [T, H], the other two [T, K]; returns [T, H]."""
     x, gate_up, down = autocast(hidden_states, self.gate_up_proj, self.down_proj)
     weights = top_k_weights.to(torch.promote_types(x.dtype, torch.float32))
-    return moe(x, gate_up, down, top_k_index, weights, implementation=kernels_of(self).moe)
+    sums = {}
+    if (x.requires_grad or weights.requires_grad) and not torch.compiler.is_compiling():
+        # an engine that sums gradients over micro-batches, and that nobody hooks, leaves its sums at the parameters
+        sums = {
+            "gate_up_grad": getattr(self.gate_up_proj, "gradient_sum", None),
+            "down_grad": getattr(self.down_proj, "gradient_sum", None),
+        }
+    return moe(x, gate_up, down, top_k_index, weights, **sums, implementation=kernels_of(self).moe)
 
 
 def kernels_of(module: torch.nn.Module) -> KernelChoice:
