@@ -188,7 +188,7 @@ PLANTED = {  # the module, lines of its source, and what they become
     "the tile before has not left": (ROWS, "            tma.store_wait(0)\n            thread_barrier()\n", ""),
     "the activation does not wait for the product": (
         ACTIVATION,
-        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 16 == 0)",
+        "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=group % 4 == 0)",
         "pass",
     ),
     "the product does not wait for the activation": (
@@ -196,13 +196,29 @@ PLANTED = {  # the module, lines of its source, and what they become
         "            mbarrier.wait(free.index(which), (handed & 1) ^ 1)\n",
         "",
     ),
-    "the activation gives its tile back too early": (ACTIVATION, "pred=piece % 16 == 15", "pred=piece % 16 == 0"),
+    "the activation gives its tile back too early": (
+        ACTIVATION,
+        "free.index(which), count=1, pred=group % 4 == 3",
+        "free.index(which), count=1, pred=group % 4 == 2",
+    ),
     "the activation never gives its tile back": (
         ACTIVATION,
-        "            mbarrier.arrive(free.index(which), count=1, pred=piece % 16 == 15)\n",
+        "            mbarrier.arrive(free.index(which), count=1, pred=group % 4 == 3)\n",
         "",
     ),
-    "gates and ups of the wrong tile": (ACTIVATION, "gl.where(is_next, next_row, row)", "row"),
+    "gates and ups are read before they have come": (
+        ACTIVATION,
+        "                mbarrier.wait(loaded.index(chunk), phase)\n",
+        "",
+    ),
+    "gates and ups are sent for before they are read": (
+        ACTIVATION,
+        "                mbarrier.wait(loaded.index(chunk), phase)\n",
+        "                mbarrier.wait(loaded.index(chunk), phase)\n                "
+        "load_piece(pre_desc, load_row, load_column + chunk * 64, pre_s, loaded, chunk, I, has_next)\n",
+    ),
+    "gates and ups are sent for behind the last tile": (ACTIVATION, "chunk, I, has_next)", "chunk, I, True)"),
+    "gates and ups of the wrong tile": (ACTIVATION, "gl.where(is_last, next_row, row", "gl.where(is_last, row, row"),
     "gathered rows are not waited for": (
         WEIGHTS,
         "            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",

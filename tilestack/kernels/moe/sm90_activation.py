@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor
+from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import ACTIVATION, ROUTES_CHUNK
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
@@ -80,15 +80,13 @@ def consumer_1(block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, d
 
 
 @gluon.jit
-def load_chunk(pre_activation, own, column, units, I: gl.constexpr):
-    """Gates and ups of 64 units of the rows `own`; zeros behind the last unit."""
-    places = own.to(gl.int64)[:, None] * (2 * I) + (units + column)[None, :]
-    if I % 256 == 0:
-        return gl.load(pre_activation + places), gl.load(pre_activation + (places + I))
-    else:
-        inside = (units + column < I)[None, :]
-        gate = gl.load(pre_activation + places, mask=inside, other=0.0)
-        return gate, gl.load(pre_activation + (places + I), mask=inside, other=0.0)
+def load_piece(pre_desc, row, column, pre_s, loaded, slot: gl.constexpr, I: gl.constexpr, is_wanted):
+    """Send for gates and ups of 16 rows and 64 units; whoever reads behind the last unit gets what nobody uses."""
+    mbarrier.expect(loaded.index(slot), 2 * 16 * 64 * 2, pred=is_wanted)
+    tma.async_copy_global_to_shared(pre_desc, [row, column], loaded.index(slot), pre_s.index(2 * slot), pred=is_wanted)
+    tma.async_copy_global_to_shared(
+        pre_desc, [row, I + column], loaded.index(slot), pre_s.index(2 * slot + 1), pred=is_wanted
+    )
 
 
 @gluon.jit
@@ -122,16 +120,8 @@ def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units
 
 
 @gluon.jit
-def place_of(piece, row, n, next_row, next_n, pieces):
-    """First row and column of a piece of this tile or, behind its last, of the next tile."""
-    is_next = piece >= pieces
-    piece = gl.where(is_next, piece - pieces, piece)
-    return gl.where(is_next, next_row, row) + piece // 4 * 16, gl.where(is_next, next_n, n) * 256 + piece % 4 * 64
-
-
-@gluon.jit
-def activator(pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
-              n_blocks, da_s, weight_s, weight_parts_s, done, free, n_rows, I: gl.constexpr,
+def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
+              n_blocks, pre_s, da_s, weight_s, weight_parts_s, loaded, done, free, n_rows, I: gl.constexpr,
               HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr,
               WANT_DWEIGHTS: gl.constexpr):  # fmt: skip
     N_TILES: gl.constexpr = (I + 255) // 256
@@ -142,6 +132,7 @@ def activator(pre_activation, dpre_activation, weighted, partials, weights, row_
     rows = gl.arange(0, 16, layout=of_rows)
     block = gl.arange(0, 128, layout=of_block)
     units = gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
+    phase = 0
     parity_0 = 0
     parity_1 = 0
     programs = gl.num_programs(0)
@@ -150,10 +141,8 @@ def activator(pre_activation, dpre_activation, weighted, partials, weights, row_
     first = gl.minimum(gl.program_id(0), last_tile)
     _, row, has_second = row_tile(first // N_TILES, block_expert, block_row)
     n = first % N_TILES
-    # gates and ups are on their way for two pieces, of 16 rows by 64 units: 16 pieces for each consumer
-    gate, up = load_chunk(pre_activation, row + rows, n * 256, units, I)
-    next_gate, next_up = load_chunk(pre_activation, row + rows, n * 256 + 64, units, I)
-    dweight = gl.zeros([16], gl.float32, of_rows)
+    for slot in gl.static_range(4):
+        load_piece(pre_desc, row, n * 256 + slot * 64, pre_s, loaded, slot, I, gl.program_id(0) < n_tiles)
     for t in range(gl.program_id(0), n_tiles, programs):
         following = gl.minimum(t + programs, last_tile)
         _, next_row, next_has_second = row_tile(following // N_TILES, block_expert, block_row)
@@ -161,28 +150,33 @@ def activator(pre_activation, dpre_activation, weighted, partials, weights, row_
         if HAS_WEIGHTS:
             routes = gl.where(block < 64 + 64 * has_second, gl.load(row_to_route + (row + block)), -1)
             weight_s.index(0).store(gl.load(weights + gl.maximum(routes, 0), mask=routes >= 0, other=0.0))
-        pieces = 16 + 16 * has_second
-        for piece in range(pieces):
-            which = piece // 16
-            own, column = place_of(piece + 2, row, n, next_row, next_n, pieces)
-            later_gate, later_up = load_chunk(pre_activation, own + rows, column, units, I)
-            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=piece % 16 == 0)
-            # of the consumer's four chunks of 64 units, each of four pieces
-            da = da_s.index((which * 4 + piece % 4) * 4 + piece // 4 % 4).load(layout).to(gl.float32)
-            mbarrier.arrive(free.index(which), count=1, pred=piece % 16 == 15)
+        groups = 4 + 4 * has_second  # of 16 rows, four of each consumer
+        for group in range(groups):
+            which = group // 4
+            is_last = group + 1 == groups
+            has_next = (group + 1 < groups) | (t + programs < n_tiles)
+            load_row = gl.where(is_last, next_row, row + (group + 1) * 16)
+            load_column = gl.where(is_last, next_n, n) * 256
+            own = row + group * 16 + rows
             weight = gl.full([16], 1.0, gl.float32, of_rows)
             if HAS_WEIGHTS:
-                weight = weight_parts_s.index(piece // 4).load(of_rows)
-            own, column = place_of(piece, row, n, next_row, next_n, pieces)
-            dots = activate(gate, up, da, weight, dpre_activation, weighted, own + rows, column, units,
-                            I, WANT_DPRE, WANT_WEIGHTED, dtype)  # fmt: skip
-            dweight = gl.where(piece % 4 == 0, dots, dweight + dots)
-            if WANT_DWEIGHTS and piece % 4 == 3:
-                gl.store(partials + (gl.cast(n, gl.int64) * n_rows + own + rows), dweight)
-            gate = next_gate
-            up = next_up
-            next_gate = later_gate
-            next_up = later_up
+                weight = weight_parts_s.index(group).load(of_rows)
+            dots = gl.zeros([16], gl.float32, of_rows)
+            mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=group % 4 == 0)
+            for chunk in gl.static_range(4):
+                mbarrier.wait(loaded.index(chunk), phase)
+                gate = pre_s.index(2 * chunk).load(layout)
+                up = pre_s.index(2 * chunk + 1).load(layout)
+                # da_s: of each consumer four chunks of 64 units, of each chunk four groups
+                da = da_s.index(which * 16 + chunk * 4 + group % 4).load(layout).to(gl.float32)
+                thread_barrier()  # both warps have read
+                load_piece(pre_desc, load_row, load_column + chunk * 64, pre_s, loaded, chunk, I, has_next)
+                dots += activate(gate, up, da, weight, dpre_activation, weighted, own, n * 256 + chunk * 64, units,
+                                 I, WANT_DPRE, WANT_WEIGHTED, dtype)  # fmt: skip
+            phase = phase ^ 1
+            mbarrier.arrive(free.index(which), count=1, pred=group % 4 == 3)
+            if WANT_DWEIGHTS:
+                gl.store(partials + (gl.cast(n, gl.int64) * n_rows + own), dots)
         parity_0 = parity_0 ^ 1
         parity_1 = parity_1 ^ has_second
         row = next_row
@@ -192,8 +186,8 @@ def activator(pre_activation, dpre_activation, weighted, partials, weights, row_
 
 @gluon.jit
 def moe_activation_bwd_sm90_kernel(
-    dout, weight_desc, pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
-    block_row, n_blocks, stride_dout, n_rows, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr,
+    dout, weight_desc, pre_desc, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
+    n_blocks, stride_dout, n_rows, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr,
     HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, SIDE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -203,15 +197,19 @@ def moe_activation_bwd_sm90_kernel(
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], weight_desc.layout)
     b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], weight_desc.layout)
     da_s = gl.allocate_shared_memory(dtype, [8, 64, 64], weight_desc.layout)
+    pre_s = gl.allocate_shared_memory(dtype, [8, 16, 64], pre_desc.layout)  # gates and ups of four pieces
     piece_s = da_s._reinterpret(dtype, [32, 16, 64], weight_desc.layout)
     plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     weight_s = gl.allocate_shared_memory(gl.float32, [1, 128], plain)
     weight_parts_s = weight_s._reinterpret(gl.float32, [8, 16], plain)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    loaded = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES, 2)
+    for slot in gl.static_range(4):
+        mbarrier.init(loaded.index(slot), count=1)
     for which in gl.static_range(2):
         mbarrier.init(done.index(which), count=1)
         mbarrier.init(free.index(which), count=1)
@@ -220,8 +218,8 @@ def moe_activation_bwd_sm90_kernel(
                       STEPS, N_TILES, STAGES)),
         (consumer_1, (block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
                       STEPS, N_TILES, STAGES)),
-        (activator, (pre_activation, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
-                     block_row, n_blocks, piece_s, weight_s, weight_parts_s, done, free, n_rows,
+        (activator, (pre_desc, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
+                     block_row, n_blocks, pre_s, piece_s, weight_s, weight_parts_s, loaded, done, free, n_rows,
                      I, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS)),
         (row_producer, (weight_desc, dout, weight_desc, row_to_route, block_expert, block_row, n_blocks,
                         a_s, b_s, full, empty, stride_dout,
@@ -255,7 +253,8 @@ def activation_backward(dout, down, pre_activation, weights, layout, top_k, need
     unused = pre_activation
     with launch.on_device(dout):
         moe_activation_bwd_sm90_kernel[(launch.multiprocessors(dout),)](
-            dout, tensor_descriptor(down.view(experts * hidden, units), [64, 256]), pre_activation,
+            dout, tensor_descriptor(down.view(experts * hidden, units), [64, 256]),
+            tensor_descriptor(pre_activation, [16, 64]),
             *(unused if each is None else each for each in (dpre_activation, weighted, partials, weights)),
             layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, dout.stride(0), n_rows,
             H=hidden, I=units, TOP_K=top_k, HAS_WEIGHTS=weights is not None,
