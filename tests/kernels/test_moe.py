@@ -255,6 +255,13 @@ def test_wrong_input_of_moe_gets_one_clear_error(message):
         moe(**_tensors() | BAD_MOE[message])
 
 
+def test_the_scan_of_counts_may_take_several_steps(monkeypatch):
+    monkeypatch.setattr("tilestack.kernels.sort_routes.triton_portable.SCAN_BLOCKS", 4)
+    ids = torch.randint(-1, 8, (700, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    found, expected = (sort_routes(ids, 7, implementation=name) for name in ("tilestack-triton", "reference"))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 BAD_IDS = {
     "topk_ids must be int32 or int64, got torch.int16": (torch.zeros(4, 2, dtype=torch.int16), 8),
     r"topk_ids must be \[T, K\], got 1 dimensions": (torch.zeros(4, dtype=torch.int32), 8),

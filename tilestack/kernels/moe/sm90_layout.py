@@ -1,4 +1,4 @@
-"""Where rows lie in the Hopper kernels of moe: the launches of sort_routes and one more, no look from the host.
+"""Where rows lie in the Hopper kernels of moe: sort_routes with more in its last launch, no look from the host.
 
 A row is a route in sorted order, but each expert's rows begin at a multiple of 64. So a warpgroup owns 64 rows of one
 expert, and no store through TMA needs a mask. Rows that pad have no route: they are gathered as zeros, and what is
@@ -14,6 +14,8 @@ import triton.language as tl
 from tilestack.kernels import launch
 from tilestack.kernels.moe.sm90_configs import LAYOUT_CHUNK, LAYOUT_WARPS
 from tilestack.kernels.sort_routes import triton_portable as sorting
+from tilestack.kernels.sort_routes.configs import BLOCK_ROUTES
+from tilestack.kernels.sort_routes.triton_portable import place_routes
 
 HALF = 64  # rows of a consumer
 BLOCK = 128  # rows of a tile
@@ -22,31 +24,31 @@ SECOND = 1 << 16  # added to the expert of a block whose second half has rows
 
 @triton.jit
 def moe_layout_kernel(
-    row_offsets_ptr, by_size_ptr, block_expert_ptr, block_row_ptr, n_blocks_ptr, max_blocks, E,
-    EXPERTS: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr,
+    ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, by_size_ptr, block_expert_ptr,
+    block_row_ptr, n_blocks_ptr, n_routes, n_rows, n_route_blocks, max_blocks, E,
+    EXPERTS: tl.constexpr, BLOCK_ROUTES: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
+    first_rows, rows = place_routes(
+        ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, n_routes, n_rows, n_route_blocks, E,
+        EXPERTS, BLOCK_ROUTES, HALF,
+    )  # fmt: skip
     experts = tl.arange(0, EXPERTS)
-    first_rows = tl.load(row_offsets_ptr + experts, mask=experts < E, other=0)
-    rows = tl.load(row_offsets_ptr + experts + 1, mask=experts < E, other=0) - first_rows
     blocks = (rows + 2 * HALF - 1) // (2 * HALF)
     last_blocks = tl.cumsum(blocks, 0)
     first_blocks = last_blocks - blocks
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-
-    # the expert and the first row of blocks `index`
-    owned = (first_blocks[None, :] <= index[:, None]) & (index[:, None] < last_blocks[None, :])
-    row = tl.sum(tl.where(owned, (first_rows - first_blocks * 2 * HALF)[None, :], 0), 1) + index * 2 * HALF
-    has_second = row + HALF < tl.sum(tl.where(owned, (first_rows + rows)[None, :], 0), 1)
-    expert = tl.sum(tl.where(owned, experts[None, :], 0), 1)
-    tl.store(block_expert_ptr + index, expert + has_second.to(tl.int32) * SECOND, mask=index < max_blocks)
-    tl.store(block_row_ptr + index, row, mask=index < max_blocks)
-
-    # experts `index` by the number of their rows, the largest first, equal ones in order
-    size = tl.sum(tl.where(index[:, None] == experts[None, :], rows[None, :], 0), 1)[:, None]
-    is_before = (rows[None, :] > size) | ((rows[None, :] == size) & (experts[None, :] < index[:, None]))
-    rank = tl.sum((is_before & (experts < E)[None, :]).to(tl.int32), 1)
-    tl.store(by_size_ptr + rank, index, mask=index < E)
-
+    if tl.program_id(0) * CHUNK < max_blocks:  # the expert and the first row of blocks `index`
+        owned = (first_blocks[None, :] <= index[:, None]) & (index[:, None] < last_blocks[None, :])
+        row = tl.sum(tl.where(owned, (first_rows - first_blocks * 2 * HALF)[None, :], 0), 1) + index * 2 * HALF
+        has_second = row + HALF < tl.sum(tl.where(owned, (first_rows + rows)[None, :], 0), 1)
+        expert = tl.sum(tl.where(owned, experts[None, :], 0), 1)
+        tl.store(block_expert_ptr + index, expert + has_second.to(tl.int32) * SECOND, mask=index < max_blocks)
+        tl.store(block_row_ptr + index, row, mask=index < max_blocks)
+    if tl.program_id(0) * CHUNK < E:  # experts `index` by the number of their rows, the largest first, then in order
+        size = tl.sum(tl.where(index[:, None] == experts[None, :], rows[None, :], 0), 1)[:, None]
+        is_before = (rows[None, :] > size) | ((rows[None, :] == size) & (experts[None, :] < index[:, None]))
+        rank = tl.sum((is_before & (experts < E)[None, :]).to(tl.int32), 1)
+        tl.store(by_size_ptr + rank, index, mask=index < E)
     if tl.program_id(0) == 0:
         tl.store(n_blocks_ptr, tl.sum(blocks, 0))
 
@@ -72,14 +74,17 @@ class Layout:
     @staticmethod
     def of(topk_ids: torch.Tensor, experts: int) -> Layout:
         """Sort the routes and lay them out: three launches."""
-        routes = topk_ids.numel()
-        table = topk_ids.new_empty((table_length(routes, experts),), dtype=torch.int32)
+        ids, routes = topk_ids.contiguous(), topk_ids.numel()
+        before = sorting.counts_before(ids, experts)
+        table = ids.new_empty((table_length(routes, experts),), dtype=torch.int32)
         layout = Layout(table, routes, experts)
-        sorting.sort(topk_ids, layout.row_offsets, layout.row_to_route, layout.route_to_row, align=HALF)
-        with launch.on_device(topk_ids):
-            moe_layout_kernel[(launch.cdiv(max(layout.max_blocks, experts), LAYOUT_CHUNK),)](
-                layout.row_offsets, layout.by_size, layout.block_expert, layout.block_row, layout.n_blocks,
-                layout.max_blocks, experts, EXPERTS=launch.next_power_of_2(experts),
+        n_route_blocks = before.shape[0] - 1
+        grid = max(n_route_blocks, launch.cdiv(max(layout.max_blocks, experts), LAYOUT_CHUNK))
+        with launch.on_device(ids):
+            moe_layout_kernel[(grid,)](
+                ids, before, layout.row_offsets, layout.row_to_route, layout.route_to_row, layout.by_size,
+                layout.block_expert, layout.block_row, layout.n_blocks, routes, layout.rows + HALF, n_route_blocks,
+                layout.max_blocks, experts, EXPERTS=before.shape[1], BLOCK_ROUTES=BLOCK_ROUTES,
                 CHUNK=LAYOUT_CHUNK, HALF=HALF, SECOND=SECOND, num_warps=LAYOUT_WARPS,
             )  # fmt: skip
         return layout

@@ -31,7 +31,6 @@ CASES = OpCases(
     cases=(
         _case("plain", "the common case, with duplicates", _make(37, 4, 0, 16), 16),
         _case("several blocks", "a block begins where those before it ended", _make(700, 3, 0, 10), 10),
-        _case("many blocks", "the counts of earlier blocks are added up in several steps", _make(4200, 8, 0, 7), 7),
         _case("one expert takes all", "a run of equal ids over blocks", _make(300, 4, 2, 3), 5),
         _case("partly elsewhere", "ids below 0 and beyond E", _make(300, 4, -3, 9), 5),
         _case("all elsewhere", "no route has an expert", _make(10, 2, 8, 9), 8),
