@@ -256,7 +256,7 @@ def test_wrong_input_of_moe_gets_one_clear_error(message):
 
 
 def test_the_scan_of_counts_may_take_several_steps(monkeypatch):
-    monkeypatch.setattr("tilestack.kernels.sort_routes.triton_portable.SCAN_BLOCKS", 4)
+    monkeypatch.setattr(importlib.import_module("tilestack.kernels.sort_routes.triton_portable"), "SCAN_BLOCKS", 4)
     ids = torch.randint(-1, 8, (700, 3), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     found, expected = (sort_routes(ids, 7, implementation=name) for name in ("tilestack-triton", "reference"))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
