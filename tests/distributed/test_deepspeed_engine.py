@@ -109,6 +109,12 @@ def test_every_rank_reports_the_same_numbers(run):
         assert found["evaluation"] == run["evaluation"]
 
 
+def test_gradients_of_the_experts_go_through_autograd_whose_hooks_deepspeed_reduces_on(run):
+    assert run["summed in kernels"] == []
+    alone = make_engine(tiny_model(torch.bfloat16), worker.OPTIMIZER, DistributedConfig(engine="local"), 2)
+    assert any(hasattr(parameter, "gradient_sum") for parameter in alone.model.parameters())
+
+
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(run):
     assert run["resumed"] == run["steps"][3:]
 

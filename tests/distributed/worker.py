@@ -111,6 +111,7 @@ def run_setting(folder: Path, setting: str) -> dict:
 
     low = make(folder, distributed, torch.bfloat16)
     found["bfloat16"] = losses(train(low, 0, 3))
+    found["summed in kernels"] = [name for name, p in low.model.named_parameters() if hasattr(p, "gradient_sum")]
     found["bfloat16 not finite"] = a_step_that_is_not_finite(low)
     found["inv_freq"] = [str(low.model.model.rotary_emb.inv_freq.dtype), *low.model.model.rotary_emb.inv_freq.tolist()]
 
