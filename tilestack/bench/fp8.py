@@ -1,8 +1,8 @@
 """`tilestack bench fp8`: what e4m3 products with block scales could bring to the experts of Qwen3-30B-A3B.
 
 In fp8 forward and input gradients would run as DeepSeek-V3's do: activations with a scale for 128 values of a row,
-weights with one for 128 x 128, sums in float32. Weight gradients stay in bf16: they contract over tokens, for which both
-operands would have to be quantised along the other dimension. Measured here, each alone and at its best:
+weights with one for 128 x 128, sums in float32. Weight gradients stay in bf16: they contract over tokens, for which
+both operands would have to be quantised along the other dimension. Measured here, each alone and at its best:
 
 * products: torch's own (cuBLAS), dense, of all rows at once: an upper bound for products grouped by expert;
 * quantisation: each weight once per step, in both orientations (Hopper's fp8 products want both operands contiguous
