@@ -180,6 +180,12 @@ PLANTED = {  # the module, lines of its source, and what they become
         "",
     ),
     "the bytes of half a tile are expected": (PIECES, "(256 + 128) * 64 * 2", "(256 + 64) * 64 * 2"),
+    "a chunk is overwritten before it has left": (
+        PIECES,
+        "        tma.store_wait(CHUNKS - 1)\n",
+        "",
+    ),
+    "the tile before has not left": (ROWS, "            tma.store_wait(0)\n            thread_barrier()\n", ""),
     "the activation does not wait for the product": (
         ACTIVATION,
         "mbarrier.wait(done.index(which), gl.where(which == 0, parity_0, parity_1), pred=group % 4 == 0)",
@@ -218,6 +224,7 @@ PLANTED = {  # the module, lines of its source, and what they become
         "            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)\n",
         "            mbarrier.arrive(full.index(stage), count=128)\n",
     ),
+    "the weights' tile before has not left": (WEIGHTS, "        tma.store_wait(0)\n        thread_barrier()\n", ""),
 }
 MODULES = {"sm90_rows": sm90_rows, "sm90_activation": sm90_activation, "sm90_weights": sm90_weights}
 

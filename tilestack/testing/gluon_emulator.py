@@ -488,8 +488,8 @@ class Emulator:
         return Shared(torch.full(shape, float("nan"), dtype=dtype), self.scheduler)
 
     def _language(self) -> SimpleNamespace:
-        layouts = ("NVMMADistributedLayout", "DistributedLinearLayout", "DotOperandLayout", "SliceLayout",
-                   "BlockedLayout", "NVMMASharedLayout", "SwizzledSharedLayout")  # fmt: skip
+        layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout",
+                   "NVMMASharedLayout", "SwizzledSharedLayout")  # fmt: skip
         return SimpleNamespace(
             **{name: lambda *_, **__: None for name in layouts},
             **{name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32", "int64", "int1")

@@ -1,7 +1,7 @@
 """Tile choices of the Hopper kernels of moe as data.
 
 Every product has tiles of 128 x 256: two consumer warpgroups of 64 x 256 each, 64 deep a stage. A stage takes 48 KiB of
-shared memory, of which a block may have 227 KiB.
+shared memory, a chunk of 64 x 64 that leaves through TMA 8 KiB; a block may have 227 KiB.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Product:
-    """Constants of a kernel whose consumers store what they have computed.
+    """Constants of a kernel whose tiles leave through TMA.
 
-    STAGES: of the ring of operands. *_REGISTERS: a thread's, of the second consumer and of the producer; the first
-    consumer gets what is left.
+    STAGES: of the ring of operands. CHUNKS: of 64 x 64 results that each consumer may have on their way out.
+    *_REGISTERS: a thread's, of the second consumer and of the producer; the first consumer gets what is left.
     """
 
     STAGES: int
+    CHUNKS: int
     CONSUMER_REGISTERS: int
     PRODUCER_REGISTERS: int
 
 
-UP = Product(4, 224, 56)  # the producer gathers, with 4 warps
-ROWS = Product(4, 240, 24)  # the producer is one warp: TMA alone
-WEIGHTS = Product(4, 224, 56)
-WEIGHTS_AND_SUM = Product(4, 184, 136)  # the producer's registers are those of the warps that add up, too
+UP = Product(4, 2, 224, 56)  # the producer gathers, with 4 warps
+ROWS = Product(4, 2, 240, 24)  # the producer is one warp: TMA alone
+WEIGHTS = Product(4, 2, 224, 56)
+WEIGHTS_AND_SUM = Product(4, 2, 184, 136)  # the producer's registers are those of the warps that add up, too
 
 
 @dataclass(frozen=True)

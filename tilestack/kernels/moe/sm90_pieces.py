@@ -1,4 +1,4 @@
-"""What the Hopper kernels of moe have in common: the ring of operands, gathered rows, how a tile is stored.
+"""What the Hopper kernels of moe have in common: the ring of operands, gathered rows, tiles that leave through TMA.
 
 Every kernel is persistent, with these roles in each program: two consumer warpgroups, which own 64 rows and 256 columns
 of a tile each and share its right operand; one producer, which fills a ring of stages of 64 in depth (a TMA tile each,
@@ -14,9 +14,10 @@ from tilestack.kernels._gluon import (
     gl,
     gluon,
     mbarrier,
-    narrow,
     reciprocal,
+    thread_barrier,
     tma,
+    tma_reduce_add,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -162,35 +163,22 @@ def quarters(acc):
 
 
 @gluon.jit
-def store_quarter(pointer, row, column, values, WIDTH: gl.constexpr, dtype: gl.constexpr, ADD: gl.constexpr):
-    """Write 64 columns of a tile (ADD: add them) straight from registers, into rows of WIDTH.
+def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: gl.constexpr, CHUNKS: gl.constexpr,
+                ADD: gl.constexpr):  # fmt: skip
+    """Write the tile's chunk number `index` [64, 64], or add it, through this consumer's ring of CHUNKS buffers.
 
-    In the product's layout a thread has pairs of columns; here it gets eight neighbours, from threads of its own warp.
-    That costs less than a way through shared memory for TMA, whose buffers must have left before the next."""
-    layout: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0], [0, 32]],
-        [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]],
-        [],
-        [64, 64],
-    )
-    rows = row + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    columns = column + gl.arange(0, 64, layout=gl.SliceLayout(0, layout))
-    places = pointer + (rows.to(gl.int64)[:, None] * WIDTH + columns[None, :])
+    The ring is empty when a tile begins (tma.store_wait(0))."""
+    if index >= CHUNKS:
+        tma.store_wait(CHUNKS - 1)
+        thread_barrier()
+    buffer = staging.index(which * CHUNKS + index % CHUNKS)
+    buffer.store(chunk)
+    fence_async_shared()
+    thread_barrier()
     if ADD:
-        values = gl.convert_layout(values, layout)
-        if WIDTH % 256 == 0:
-            values += gl.load(places).to(gl.float32)
-        else:
-            values += gl.load(places, mask=(columns < WIDTH)[None, :], other=0.0).to(gl.float32)
-        if dtype != gl.float32:
-            values = narrow(values, dtype)
+        tma_reduce_add(desc, [row, column], buffer)
     else:
-        values = gl.convert_layout(narrow(values, dtype), layout)
-    if WIDTH % 256 == 0:
-        gl.store(places, values)
-    else:
-        gl.store(places, values, mask=(columns < WIDTH)[None, :])
+        tma.async_copy_shared_to_global(desc, [row, column], buffer)
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import gl, gluon, mbarrier, tensor_descriptor
+from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import ROWS, UP
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
@@ -23,29 +23,35 @@ from tilestack.kernels.moe.sm90_pieces import (
     row_producer,
     row_tile,
     sigmoid,
-    store_quarter,
+    store_chunk,
 )
 
 
 @gluon.jit
-def store_activation(gate, up, pre_activation, activated, row, column, I: gl.constexpr, WANT_PRE: gl.constexpr,
-                     WANT_ACTIVATED: gl.constexpr, dtype: gl.constexpr):  # fmt: skip
+def store_activation(gate, up, pre_desc, activated_desc, row, column, staging, which: gl.constexpr,
+                     group: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr, WANT_ACTIVATED: gl.constexpr,
+                     CHUNKS: gl.constexpr):  # fmt: skip
+    dtype: gl.constexpr = pre_desc.dtype
+    PRE: gl.constexpr = 2 if WANT_PRE else 0
+    first: gl.constexpr = group * (PRE + (1 if WANT_ACTIVATED else 0))
     if column < I:
         if WANT_PRE:
-            store_quarter(pre_activation, row, column, gate, 2 * I, dtype, False)
-            store_quarter(pre_activation, row, I + column, up, 2 * I, dtype, False)
+            store_chunk(pre_desc, row, column, narrow(gate, dtype), staging, which, first, CHUNKS, False)
+            store_chunk(pre_desc, row, I + column, narrow(up, dtype), staging, which, first + 1, CHUNKS, False)
         if WANT_ACTIVATED:
-            store_quarter(activated, row, column, gate * sigmoid(gate) * up, I, dtype, False)
+            activated = narrow(gate * sigmoid(gate) * up, dtype)
+            store_chunk(activated_desc, row, column, activated, staging, which, first + PRE, CHUNKS, False)
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, out, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-             STEPS: gl.constexpr, N_TILES: gl.constexpr, WIDTH: gl.constexpr, WANT_PRE: gl.constexpr,
-             WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    """64 rows of each tile. WANT_PRE or WANT_ACTIVATED: the up-projection, out is pre_activation and WIDTH its half."""
+def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging,
+             full, empty, STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+             WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+             CHUNKS: gl.constexpr):  # fmt: skip
+    """64 rows of each tile. WANT_PRE or WANT_ACTIVATED: the up-projection, out_desc of pre_activation, I its half."""
     ACTIVATE: gl.constexpr = WANT_PRE or WANT_ACTIVATED
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    dtype: gl.constexpr = a_s.dtype
+    dtype: gl.constexpr = out_desc.dtype
     stage = 0
     phase = 0
     programs = gl.num_programs(0)
@@ -61,85 +67,94 @@ def consumer(which: gl.constexpr, out, activated, block_expert, block_row, n_blo
             acc, stage, phase = accumulate(
                 acc, a_s, b_s, full, empty, stage, phase, STEPS, which, False, TRANSPOSED, ACTIVATE, STAGES
             )
+            tma.store_wait(0)
+            thread_barrier()
             own = row + which * 64
             first, second, third, fourth = quarters(acc)
             if ACTIVATE:
                 column = n * 128
-                store_activation(first, third, out, activated, own, column, WIDTH, WANT_PRE, WANT_ACTIVATED, dtype)
+                store_activation(first, third, out_desc, activated_desc, own, column, staging, which, 0, I,
+                                 WANT_PRE, WANT_ACTIVATED, CHUNKS)  # fmt: skip
                 column = n * 128 + 64
-                store_activation(second, fourth, out, activated, own, column, WIDTH, WANT_PRE, WANT_ACTIVATED, dtype)
+                store_activation(second, fourth, out_desc, activated_desc, own, column, staging, which, 1, I,
+                                 WANT_PRE, WANT_ACTIVATED, CHUNKS)  # fmt: skip
             else:
-                store_quarter(out, own, n * 256, first, WIDTH, dtype, False)
-                store_quarter(out, own, n * 256 + 64, second, WIDTH, dtype, False)
-                store_quarter(out, own, n * 256 + 128, third, WIDTH, dtype, False)
-                store_quarter(out, own, n * 256 + 192, fourth, WIDTH, dtype, False)
+                store_chunk(out_desc, own, n * 256, narrow(first, dtype), staging, which, 0, CHUNKS, False)
+                store_chunk(out_desc, own, n * 256 + 64, narrow(second, dtype), staging, which, 1, CHUNKS, False)
+                store_chunk(out_desc, own, n * 256 + 128, narrow(third, dtype), staging, which, 2, CHUNKS, False)
+                store_chunk(out_desc, own, n * 256 + 192, narrow(fourth, dtype), staging, which, 3, CHUNKS, False)
         else:
             stage, phase = pass_by(full, empty, stage, phase, STEPS, STAGES)
         expert, row, has_second = following
+    tma.store_wait(0)
 
 
 @gluon.jit
-def consumer_0(out, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, WIDTH: gl.constexpr, WANT_PRE: gl.constexpr,
-               WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(0, out, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-             STEPS, N_TILES, WIDTH, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES)  # fmt: skip
+def consumer_0(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+               WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+               CHUNKS: gl.constexpr):  # fmt: skip
+    consumer(0, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+             STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
-def consumer_1(out, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, WIDTH: gl.constexpr, WANT_PRE: gl.constexpr,
-               WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(1, out, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-             STEPS, N_TILES, WIDTH, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES)  # fmt: skip
+def consumer_1(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+               WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
+               CHUNKS: gl.constexpr):  # fmt: skip
+    consumer(1, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+             STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
-def moe_up_sm90_kernel(x, weight_desc, pre_activation, activated, row_to_route, block_expert, block_row, n_blocks,
+def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, block_expert, block_row, n_blocks,
                        stride_x, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, WANT_PRE: gl.constexpr,
-                       WANT_ACTIVATED: gl.constexpr, STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-                       PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+                       WANT_ACTIVATED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+                       CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     N_TILES: gl.constexpr = (I + 127) // 128
-    dtype: gl.constexpr = weight_desc.dtype
+    dtype: gl.constexpr = pre_desc.dtype
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], weight_desc.layout)
     halves_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 128, 64], weight_desc.layout)
     b_s = halves_s._reinterpret(dtype, [STAGES, 256, 64], weight_desc.layout)
+    staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], pre_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES, 4)
     gl.warp_specialize([
-        (consumer_0, (pre_activation, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES)),
-        (consumer_1, (pre_activation, activated, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES)),
-        (row_producer, (weight_desc, x, weight_desc, row_to_route, block_expert, block_row, n_blocks,
+        (consumer_0, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
+        (consumer_1, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
+        (row_producer, (pre_desc, x, weight_desc, row_to_route, block_expert, block_row, n_blocks,
                         a_s, halves_s, full, empty, stride_x,
                         STEPS, N_TILES, 2 * I, TOP_K, 4, True, True, STAGES)),
     ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
-def moe_rows_sm90_kernel(rows_desc, weight_desc, out, block_expert, block_row, n_blocks,
+def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_row, n_blocks,
                          DEPTH: gl.constexpr, WIDTH: gl.constexpr, EXPERT_ROWS: gl.constexpr, TRANSPOSED: gl.constexpr,
-                         STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                         STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
                          PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = DEPTH // 64
     N_TILES: gl.constexpr = (WIDTH + 255) // 256
-    dtype: gl.constexpr = rows_desc.dtype
+    dtype: gl.constexpr = out_desc.dtype
     a_s = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], rows_desc.layout)
     if TRANSPOSED:
         b_s = gl.allocate_shared_memory(dtype, [STAGES, 256, 64], weight_desc.layout)
     else:
         b_s = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], weight_desc.layout)
+    staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES, 0)
     gl.warp_specialize([
-        (consumer_0, (out, out, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-                      STEPS, N_TILES, WIDTH, False, False, TRANSPOSED, STAGES)),
-        (consumer_1, (out, out, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
-                      STEPS, N_TILES, WIDTH, False, False, TRANSPOSED, STAGES)),
+        (consumer_0, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+                      STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
+        (consumer_1, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+                      STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
         (row_producer, (rows_desc, block_row, weight_desc, block_row, block_expert, block_row, n_blocks,
                         a_s, b_s, full, empty, 0,
                         STEPS, N_TILES, EXPERT_ROWS, 1, 0, False, TRANSPOSED, STAGES)),
@@ -156,7 +171,8 @@ def up(x, gate_up, layout, top_k, *, pre=True, activate=True):
     with launch.on_device(x):
         moe_up_sm90_kernel[(launch.multiprocessors(x),)](
             x, tensor_descriptor(gate_up.view(experts * width, hidden), [128, 64]),
-            pre_activation, activated,
+            tensor_descriptor(pre_activation if pre else activated, [64, 64]),
+            tensor_descriptor(activated if activate else pre_activation, [64, 64]),
             layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, x.stride(0),
             H=hidden, I=units, TOP_K=top_k, WANT_PRE=pre, WANT_ACTIVATED=activate, **asdict(UP), num_warps=4,
         )  # fmt: skip
@@ -172,7 +188,7 @@ def multiply(rows, weight, layout, *, transposed):
         moe_rows_sm90_kernel[(launch.multiprocessors(rows),)](
             tensor_descriptor(rows, [64, 64]),
             tensor_descriptor(weight.view(experts * height, width), [256, 64] if transposed else [64, 256]),
-            out, layout.block_expert, layout.block_row, layout.n_blocks,
+            tensor_descriptor(out, [64, 64]), layout.block_expert, layout.block_row, layout.n_blocks,
             DEPTH=depth, WIDTH=columns, EXPERT_ROWS=height, TRANSPOSED=transposed, **asdict(ROWS), num_warps=4,
         )  # fmt: skip
     return out

@@ -13,15 +13,16 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from tilestack.kernels import launch
-from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, tma
+from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import WEIGHTS, WEIGHTS_AND_SUM
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
     gathered,
+    halves,
     init_ring,
     next_stage,
     quarters,
-    store_quarter,
+    store_chunk,
 )
 
 
@@ -105,12 +106,24 @@ def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, out, by_size, row_offsets, a_s, b_s, full, empty, E, M: gl.constexpr,
-             N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def store_quarter(out_desc, row, column, values, staging, which: gl.constexpr, index: gl.constexpr,
+                  CHUNKS: gl.constexpr, ADD: gl.constexpr):  # fmt: skip
+    """64 columns of a tile: one chunk, or in float32 two of 32 columns, as many bytes each."""
+    if out_desc.dtype == gl.float32:
+        left, right = halves(values, 64)
+        store_chunk(out_desc, row, column, left, staging, which, 2 * index, CHUNKS, ADD)
+        store_chunk(out_desc, row, column + 32, right, staging, which, 2 * index + 1, CHUNKS, ADD)
+    else:
+        store_chunk(out_desc, row, column, narrow(values, out_desc.dtype), staging, which, index, CHUNKS, ADD)
+
+
+@gluon.jit
+def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+             M: gl.constexpr, N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+             CHUNKS: gl.constexpr):  # fmt: skip
     M_TILES: gl.constexpr = (M + 127) // 128
     N_TILES: gl.constexpr = (N + 255) // 256
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    dtype: gl.constexpr = out.dtype.element_ty
     stage = 0
     phase = 0
     n_tiles = E * (M_TILES * N_TILES)
@@ -122,26 +135,31 @@ def consumer(which: gl.constexpr, out, by_size, row_offsets, a_s, b_s, full, emp
         acc, stage, phase = accumulate(
             acc, a_s, b_s, full, empty, stage, phase, steps, which, True, False, True, STAGES
         )
+        tma.store_wait(0)
+        thread_barrier()
         if M % 128 == 0 or m * 128 + which * 64 < M:
             row = expert * M + m * 128 + which * 64
             first, second, third, fourth = quarters(acc)
-            store_quarter(out, row, n * 256, first, N, dtype, ADD)
-            store_quarter(out, row, n * 256 + 64, second, N, dtype, ADD)
-            store_quarter(out, row, n * 256 + 128, third, N, dtype, ADD)
-            store_quarter(out, row, n * 256 + 192, fourth, N, dtype, ADD)
+            store_quarter(out_desc, row, n * 256, first, staging, which, 0, CHUNKS, ADD)
+            store_quarter(out_desc, row, n * 256 + 64, second, staging, which, 1, CHUNKS, ADD)
+            store_quarter(out_desc, row, n * 256 + 128, third, staging, which, 2, CHUNKS, ADD)
+            store_quarter(out_desc, row, n * 256 + 192, fourth, staging, which, 3, CHUNKS, ADD)
         expert, _, steps, m, n = following
+    tma.store_wait(0)
 
 
 @gluon.jit
-def consumer_0(out, by_size, row_offsets, a_s, b_s, full, empty, E, M: gl.constexpr, N: gl.constexpr,
-               ADD: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(0, out, by_size, row_offsets, a_s, b_s, full, empty, E, M, N, ADD, STAGES)
+def consumer_0(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+               M: gl.constexpr, N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+               CHUNKS: gl.constexpr):  # fmt: skip
+    consumer(0, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD, STAGES, CHUNKS)
 
 
 @gluon.jit
-def consumer_1(out, by_size, row_offsets, a_s, b_s, full, empty, E, M: gl.constexpr, N: gl.constexpr,
-               ADD: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(1, out, by_size, row_offsets, a_s, b_s, full, empty, E, M, N, ADD, STAGES)
+def consumer_1(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+               M: gl.constexpr, N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
+               CHUNKS: gl.constexpr):  # fmt: skip
+    consumer(1, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD, STAGES, CHUNKS)
 
 
 @gluon.jit
@@ -167,30 +185,36 @@ def combiner(answers, route_to_row, out, T, H: gl.constexpr, TOP_K: gl.constexpr
 
 
 @gluon.jit
-def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out, row_to_route, by_size, row_offsets, stride, E,
+def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, stride, E,
                                 answers, route_to_row, combined, T,
                                 M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TOP_K_PADDED: gl.constexpr,
                                 GATHER_A: gl.constexpr, COMBINE: gl.constexpr, ADD: gl.constexpr,
-                                STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+                                STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
                                 PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = 2 if COMBINE else 4  # that gather
+    CHUNK: gl.constexpr = 32 if out_desc.dtype == gl.float32 else 64
     a_s = gl.allocate_shared_memory(a_desc.dtype, [2 * STAGES, 64, 64], a_desc.layout)
     b_s = gl.allocate_shared_memory(a_desc.dtype, [STAGES, 64, 256], a_desc.layout)
+    staging = gl.allocate_shared_memory(out_desc.dtype, [2 * CHUNKS, 64, CHUNK], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES, WARPS)
     if COMBINE:
         gl.warp_specialize([
-            (consumer_0, (out, by_size, row_offsets, a_s, b_s, full, empty, E, M, N, ADD, STAGES)),
-            (consumer_1, (out, by_size, row_offsets, a_s, b_s, full, empty, E, M, N, ADD, STAGES)),
+            (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+                          STAGES, CHUNKS)),
+            (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+                          STAGES, CHUNKS)),
             (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
                         M, N, TOP_K, GATHER_A, 2, STAGES)),
             (combiner, (answers, route_to_row, combined, T, N, TOP_K, TOP_K_PADDED)),
         ], [4, 2, 2], [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer_0, (out, by_size, row_offsets, a_s, b_s, full, empty, E, M, N, ADD, STAGES)),
-            (consumer_1, (out, by_size, row_offsets, a_s, b_s, full, empty, E, M, N, ADD, STAGES)),
+            (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+                          STAGES, CHUNKS)),
+            (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+                          STAGES, CHUNKS)),
             (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
                         M, N, TOP_K, GATHER_A, 4, STAGES)),
         ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -211,7 +235,7 @@ def outer(a, b, layout, top_k, *, gather, answers=None, total=None):
     tiles = asdict(WEIGHTS if answers is None else WEIGHTS_AND_SUM)
     with launch.on_device(a):
         moe_weights_bwd_sm90_kernel[(launch.multiprocessors(a),)](
-            rows_desc, rows_desc, source, out,
+            rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 128 // out.element_size()]),
             layout.row_to_route, layout.by_size, layout.row_offsets, source.stride(0), layout.experts,
             source if answers is None else answers, layout.route_to_row, out if combined is None else combined, tokens,
             M=height, N=width, TOP_K=top_k, TOP_K_PADDED=launch.next_power_of_2(top_k), GATHER_A=gather == "a",
