@@ -36,7 +36,7 @@ from tilestack.kernels.moe.sm90_pieces import (
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
+def consumer(which: gl.constexpr, blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free,
              STEPS: gl.constexpr, N_TILES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     dtype: gl.constexpr = da_s.dtype
@@ -46,9 +46,9 @@ def consumer(which: gl.constexpr, block_expert, block_row, n_blocks, a_s, b_s, d
     programs = gl.num_programs(0)
     n_tiles = gl.load(n_blocks) * N_TILES
     last_tile = gl.maximum(n_tiles - 1, 0)
-    expert, row, has_second = row_tile(gl.minimum(gl.program_id(0), last_tile) // N_TILES, block_expert, block_row)
+    expert, row, has_second, n = row_tile(gl.minimum(gl.program_id(0), last_tile), blocks, N_TILES)
     for t in range(gl.program_id(0), n_tiles, programs):
-        following = row_tile(gl.minimum(t + programs, last_tile) // N_TILES, block_expert, block_row)
+        following = row_tile(gl.minimum(t + programs, last_tile), blocks, N_TILES)
         if has_second >= which:
             acc = gl.zeros([64, 256], gl.float32, layout)
             acc, stage, phase = accumulate(
@@ -64,19 +64,19 @@ def consumer(which: gl.constexpr, block_expert, block_row, n_blocks, a_s, b_s, d
             handed += 1
         else:
             stage, phase = pass_by(full, empty, stage, phase, STEPS, STAGES)
-        expert, row, has_second = following
+        expert, row, has_second, n = following
 
 
 @gluon.jit
-def consumer_0(block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
+def consumer_0(blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free,
                STEPS: gl.constexpr, N_TILES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(0, block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)
+    consumer(0, blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)
 
 
 @gluon.jit
-def consumer_1(block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
+def consumer_1(blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free,
                STEPS: gl.constexpr, N_TILES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(1, block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)
+    consumer(1, blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)
 
 
 @gluon.jit
@@ -120,10 +120,9 @@ def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units
 
 
 @gluon.jit
-def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
-              n_blocks, pre_s, da_s, weight_s, weight_parts_s, loaded, done, free, n_rows, I: gl.constexpr,
-              HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr,
-              WANT_DWEIGHTS: gl.constexpr):  # fmt: skip
+def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_route, blocks, n_blocks, pre_s, da_s,
+              weight_s, weight_parts_s, loaded, done, free, n_rows, I: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
+              WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr):  # fmt: skip
     N_TILES: gl.constexpr = (I + 255) // 256
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
     of_rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -138,15 +137,12 @@ def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_rou
     programs = gl.num_programs(0)
     n_tiles = gl.load(n_blocks) * N_TILES
     last_tile = gl.maximum(n_tiles - 1, 0)
-    first = gl.minimum(gl.program_id(0), last_tile)
-    _, row, has_second = row_tile(first // N_TILES, block_expert, block_row)
-    n = first % N_TILES
+    _, row, has_second, n = row_tile(gl.minimum(gl.program_id(0), last_tile), blocks, N_TILES)
     for slot in gl.static_range(4):
         load_piece(pre_desc, row, n * 256 + slot * 64, pre_s, loaded, slot, I, gl.program_id(0) < n_tiles)
     for t in range(gl.program_id(0), n_tiles, programs):
         following = gl.minimum(t + programs, last_tile)
-        _, next_row, next_has_second = row_tile(following // N_TILES, block_expert, block_row)
-        next_n = following % N_TILES
+        _, next_row, next_has_second, next_n = row_tile(following, blocks, N_TILES)
         if HAS_WEIGHTS:
             routes = gl.where(block < 64 + 64 * has_second, gl.load(row_to_route + (row + block)), -1)
             weight_s.index(0).store(gl.load(weights + gl.maximum(routes, 0), mask=routes >= 0, other=0.0))
@@ -186,8 +182,8 @@ def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_rou
 
 @gluon.jit
 def moe_activation_bwd_sm90_kernel(
-    dout, weight_desc, pre_desc, dpre_activation, weighted, partials, weights, row_to_route, block_expert, block_row,
-    n_blocks, stride_dout, n_rows, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr,
+    dout, weight_desc, pre_desc, dpre_activation, weighted, partials, weights, row_to_route, blocks, n_blocks,
+    stride_dout, n_rows, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr,
     HAS_WEIGHTS: gl.constexpr, WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr,
     STAGES: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, SIDE_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -214,14 +210,12 @@ def moe_activation_bwd_sm90_kernel(
         mbarrier.init(done.index(which), count=1)
         mbarrier.init(free.index(which), count=1)
     gl.warp_specialize([
-        (consumer_0, (block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
-                      STEPS, N_TILES, STAGES)),
-        (consumer_1, (block_expert, block_row, n_blocks, a_s, b_s, da_s, full, empty, done, free,
-                      STEPS, N_TILES, STAGES)),
-        (activator, (pre_desc, dpre_activation, weighted, partials, weights, row_to_route, block_expert,
-                     block_row, n_blocks, pre_s, piece_s, weight_s, weight_parts_s, loaded, done, free, n_rows,
+        (consumer_0, (blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)),
+        (consumer_1, (blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)),
+        (activator, (pre_desc, dpre_activation, weighted, partials, weights, row_to_route, blocks, n_blocks, pre_s,
+                     piece_s, weight_s, weight_parts_s, loaded, done, free, n_rows,
                      I, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS)),
-        (row_producer, (weight_desc, dout, weight_desc, row_to_route, block_expert, block_row, n_blocks,
+        (row_producer, (weight_desc, dout, weight_desc, row_to_route, blocks, n_blocks,
                         a_s, b_s, full, empty, stride_dout,
                         STEPS, N_TILES, H, TOP_K, 2, False, False, STAGES)),
     ], [4, 2, 2], [CONSUMER_REGISTERS, SIDE_REGISTERS, SIDE_REGISTERS])  # fmt: skip
@@ -256,7 +250,7 @@ def activation_backward(dout, down, pre_activation, weights, layout, top_k, need
             dout, tensor_descriptor(down.view(experts * hidden, units), [64, 256]),
             tensor_descriptor(pre_activation, [16, 64]),
             *(unused if each is None else each for each in (dpre_activation, weighted, partials, weights)),
-            layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, dout.stride(0), n_rows,
+            layout.row_to_route, layout.blocks, layout.n_blocks, dout.stride(0), n_rows,
             H=hidden, I=units, TOP_K=top_k, HAS_WEIGHTS=weights is not None,
             WANT_DPRE=want_dpre, WANT_WEIGHTED=want_weighted, WANT_DWEIGHTS=want_dweights,
             **asdict(ACTIVATION), num_warps=4,

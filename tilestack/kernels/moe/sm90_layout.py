@@ -19,13 +19,13 @@ from tilestack.kernels.sort_routes.triton_portable import place_routes
 
 HALF = 64  # rows of a consumer
 BLOCK = 128  # rows of a tile
-SECOND = 1 << 16  # added to the expert of a block whose second half has rows
+SECOND = 1 << 16  # added to an expert whose last block has rows in its second half
 
 
 @triton.jit
 def moe_layout_kernel(
-    ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, by_size_ptr, block_expert_ptr,
-    block_row_ptr, n_blocks_ptr, n_routes, n_rows, n_route_blocks, max_blocks, E,
+    ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, by_size_ptr, blocks_ptr,
+    n_blocks_ptr, n_routes, n_rows, n_route_blocks, max_blocks, E,
     EXPERTS: tl.constexpr, BLOCK_ROUTES: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     first_rows, rows = place_routes(
@@ -37,13 +37,16 @@ def moe_layout_kernel(
     last_blocks = tl.cumsum(blocks, 0)
     first_blocks = last_blocks - blocks
     index = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    if tl.program_id(0) * CHUNK < max_blocks:  # the expert and the first row of blocks `index`
+    if tl.program_id(0) * CHUNK < max_blocks:  # the expert of blocks `index`, its first block and row, its blocks
         owned = (first_blocks[None, :] <= index[:, None]) & (index[:, None] < last_blocks[None, :])
-        row = tl.sum(tl.where(owned, (first_rows - first_blocks * 2 * HALF)[None, :], 0), 1) + index * 2 * HALF
-        has_second = row + HALF < tl.sum(tl.where(owned, (first_rows + rows)[None, :], 0), 1)
-        expert = tl.sum(tl.where(owned, experts[None, :], 0), 1)
-        tl.store(block_expert_ptr + index, expert + has_second.to(tl.int32) * SECOND, mask=index < max_blocks)
-        tl.store(block_row_ptr + index, row, mask=index < max_blocks)
+        has_second = (rows % (2 * HALF) == 0).to(tl.int32)
+        expert = tl.sum(tl.where(owned, (experts + has_second * SECOND)[None, :], 0), 1)
+        count = tl.sum(tl.where(owned, blocks[None, :], 0), 1)
+        entry, inside = blocks_ptr + index * 4, index < max_blocks
+        tl.store(entry, expert, mask=inside)
+        tl.store(entry + 1, tl.sum(tl.where(owned, first_blocks[None, :], 0), 1), mask=inside)
+        tl.store(entry + 2, tl.maximum(count, 1), mask=inside)
+        tl.store(entry + 3, tl.sum(tl.where(owned, first_rows[None, :], 0), 1), mask=inside)
     if tl.program_id(0) * CHUNK < E:  # experts `index` by the number of their rows, the largest first, then in order
         size = tl.sum(tl.where(index[:, None] == experts[None, :], rows[None, :], 0), 1)[:, None]
         is_before = (rows[None, :] > size) | ((rows[None, :] == size) & (experts[None, :] < index[:, None]))
@@ -58,7 +61,8 @@ class Layout:
 
     row_to_route [rows + 64]: -1 where a row has no route. route_to_row [T * K]: -1 where a route has no expert.
     row_offsets [E + 1]: where each expert's rows begin. by_size [E]: the experts, the one with most rows first.
-    block_expert, block_row [max_blocks]: expert (plus SECOND) and first row of each block of 128; n_blocks [1].
+    blocks [max_blocks, 4]: for each block of 128 rows its expert (plus SECOND), the expert's first block, how many
+    it has, and its first row. n_blocks [1].
     rows: how many rows there may be.
     """
 
@@ -66,10 +70,10 @@ class Layout:
         self.table, self.routes, self.experts = table, routes, experts
         self.rows = max_rows(routes, experts)
         self.max_blocks = routes // BLOCK + min(routes, experts)
-        row_to_route, route_to_row, row_offsets, self.by_size, *blocks = table.split(_lengths(routes, experts))
+        parts = table.split(_lengths(routes, experts))
+        row_to_route, route_to_row, row_offsets, self.by_size, self.blocks, self.n_blocks = parts
         self.row_to_route, self.row_offsets = row_to_route[: self.rows + HALF], row_offsets[: experts + 1]
         self.route_to_row = route_to_row[:routes]
-        self.block_expert, self.block_row, self.n_blocks = blocks
 
     @staticmethod
     def of(topk_ids: torch.Tensor, experts: int) -> Layout:
@@ -83,7 +87,7 @@ class Layout:
         with launch.on_device(ids):
             moe_layout_kernel[(grid,)](
                 ids, before, layout.row_offsets, layout.row_to_route, layout.route_to_row, layout.by_size,
-                layout.block_expert, layout.block_row, layout.n_blocks, routes, layout.rows + HALF, n_route_blocks,
+                layout.blocks, layout.n_blocks, routes, layout.rows + HALF, n_route_blocks,
                 layout.max_blocks, experts, EXPERTS=before.shape[1], BLOCK_ROUTES=BLOCK_ROUTES,
                 CHUNK=LAYOUT_CHUNK, HALF=HALF, SECOND=SECOND, num_warps=LAYOUT_WARPS,
             )  # fmt: skip
@@ -102,5 +106,5 @@ def table_length(routes: int, experts: int) -> int:
 
 def _lengths(routes: int, experts: int) -> list[int]:
     blocks = routes // BLOCK + min(routes, experts)
-    lengths = (max_rows(routes, experts) + HALF, routes, experts + 1, experts, blocks, blocks, 1)
+    lengths = (max_rows(routes, experts) + HALF, routes, experts + 1, experts, 4 * blocks, 1)
     return [(length + 3) // 4 * 4 for length in lengths]  # every part begins at a multiple of 16 bytes

@@ -22,7 +22,7 @@ from tilestack.kernels._gluon import (
     warpgroup_mma_wait,
 )
 
-SECOND = gl.constexpr(16)  # the bit of a block's expert that says that its second half has rows
+SECOND = gl.constexpr(16)  # the bit beside an expert that says that its last block's second half has rows
 
 
 @gluon.jit
@@ -81,14 +81,25 @@ def gathered(source, routes, stride, first_column, WIDTH: gl.constexpr, TOP_K: g
 
 
 @gluon.jit
-def row_tile(block, block_expert, block_row):
-    """The expert of a block of rows, its first row, and whether its second half has rows."""
-    packed = gl.load(block_expert + block)
-    return packed & ((1 << SECOND) - 1), gl.load(block_row + block), packed >> SECOND
+def row_tile(t, blocks, N_TILES: gl.constexpr):
+    """Tile t of a product over rows: its expert, first row, whether its second half has rows, its place n of N_TILES.
+
+    An expert's tiles go n by n, all its blocks for each. What is left of an expert when every program has a tile then
+    needs other columns of the weight than what has gone before; those need not stay in L2."""
+    entry = blocks + (t // N_TILES) * 4  # of any block of the expert
+    packed = gl.load(entry)
+    first = gl.load(entry + 1)
+    count = gl.load(entry + 2)
+    row = gl.load(entry + 3)
+    place = t - first * N_TILES
+    n = place // count
+    block = place - n * count
+    has_second = gl.where(block + 1 == count, packed >> SECOND, 1)
+    return packed & ((1 << SECOND) - 1), row + block * 128, has_second, n
 
 
 @gluon.jit
-def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_row, n_blocks, a_s, b_s, full, empty,
+def row_producer(a_desc, source, weight_desc, row_to_route, blocks, n_blocks, a_s, b_s, full, empty,
                  stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
                  GATHER_WARPS: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
                  STAGES: gl.constexpr):  # fmt: skip
@@ -98,8 +109,7 @@ def row_producer(a_desc, source, weight_desc, row_to_route, block_expert, block_
     stage = 0
     phase = 0
     for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
-        n = t % N_TILES
-        expert, row, has_second = row_tile(t // N_TILES, block_expert, block_row)
+        expert, row, has_second, n = row_tile(t, blocks, N_TILES)
         if GATHER_WARPS:
             gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHER_WARPS, 1], [1, 0])
             half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))

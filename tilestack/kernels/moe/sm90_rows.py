@@ -44,7 +44,7 @@ def store_activation(gate, up, pre_desc, activated_desc, row, column, staging, w
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging,
+def consumer(which: gl.constexpr, out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging,
              full, empty, STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
              WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
              CHUNKS: gl.constexpr):  # fmt: skip
@@ -57,11 +57,10 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_
     programs = gl.num_programs(0)
     n_tiles = gl.load(n_blocks) * N_TILES
     last_tile = gl.maximum(n_tiles - 1, 0)
-    expert, row, has_second = row_tile(gl.minimum(gl.program_id(0), last_tile) // N_TILES, block_expert, block_row)
+    expert, row, has_second, n = row_tile(gl.minimum(gl.program_id(0), last_tile), blocks, N_TILES)
     for t in range(gl.program_id(0), n_tiles, programs):
-        n = t % N_TILES
         # the next tile's place is loaded while this one is computed
-        following = row_tile(gl.minimum(t + programs, last_tile) // N_TILES, block_expert, block_row)
+        following = row_tile(gl.minimum(t + programs, last_tile), blocks, N_TILES)
         if has_second >= which:
             acc = gl.zeros([64, 256], gl.float32, layout)
             acc, stage, phase = accumulate(
@@ -85,30 +84,30 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, block_expert, block_
                 store_chunk(out_desc, own, n * 256 + 192, narrow(fourth, dtype), staging, which, 3, CHUNKS, False)
         else:
             stage, phase = pass_by(full, empty, stage, phase, STEPS, STAGES)
-        expert, row, has_second = following
+        expert, row, has_second, n = following
     tma.store_wait(0)
 
 
 @gluon.jit
-def consumer_0(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+def consumer_0(out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
                STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
                WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
                CHUNKS: gl.constexpr):  # fmt: skip
-    consumer(0, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+    consumer(0, out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
              STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
-def consumer_1(out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+def consumer_1(out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
                STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
                WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
                CHUNKS: gl.constexpr):  # fmt: skip
-    consumer(1, out_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+    consumer(1, out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
              STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
-def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, block_expert, block_row, n_blocks,
+def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, blocks, n_blocks,
                        stride_x, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, WANT_PRE: gl.constexpr,
                        WANT_ACTIVATED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
                        CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
@@ -123,18 +122,18 @@ def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, b
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES, 4)
     gl.warp_specialize([
-        (consumer_0, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+        (consumer_0, (pre_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
                       STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
-        (consumer_1, (pre_desc, activated_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+        (consumer_1, (pre_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
                       STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
-        (row_producer, (pre_desc, x, weight_desc, row_to_route, block_expert, block_row, n_blocks,
+        (row_producer, (pre_desc, x, weight_desc, row_to_route, blocks, n_blocks,
                         a_s, halves_s, full, empty, stride_x,
                         STEPS, N_TILES, 2 * I, TOP_K, 4, True, True, STAGES)),
     ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
-def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_row, n_blocks,
+def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, blocks, n_blocks,
                          DEPTH: gl.constexpr, WIDTH: gl.constexpr, EXPERT_ROWS: gl.constexpr, TRANSPOSED: gl.constexpr,
                          STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
                          PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
@@ -151,11 +150,11 @@ def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, block_expert, block_r
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     init_ring(full, empty, STAGES, 0)
     gl.warp_specialize([
-        (consumer_0, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+        (consumer_0, (out_desc, out_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
                       STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
-        (consumer_1, (out_desc, out_desc, block_expert, block_row, n_blocks, a_s, b_s, staging, full, empty,
+        (consumer_1, (out_desc, out_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
                       STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
-        (row_producer, (rows_desc, block_row, weight_desc, block_row, block_expert, block_row, n_blocks,
+        (row_producer, (rows_desc, blocks, weight_desc, blocks, blocks, n_blocks,
                         a_s, b_s, full, empty, 0,
                         STEPS, N_TILES, EXPERT_ROWS, 1, 0, False, TRANSPOSED, STAGES)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -173,7 +172,7 @@ def up(x, gate_up, layout, top_k, *, pre=True, activate=True):
             x, tensor_descriptor(gate_up.view(experts * width, hidden), [128, 64]),
             tensor_descriptor(pre_activation if pre else activated, [64, 64]),
             tensor_descriptor(activated if activate else pre_activation, [64, 64]),
-            layout.row_to_route, layout.block_expert, layout.block_row, layout.n_blocks, x.stride(0),
+            layout.row_to_route, layout.blocks, layout.n_blocks, x.stride(0),
             H=hidden, I=units, TOP_K=top_k, WANT_PRE=pre, WANT_ACTIVATED=activate, **asdict(UP), num_warps=4,
         )  # fmt: skip
     return pre_activation, activated
@@ -188,7 +187,7 @@ def multiply(rows, weight, layout, *, transposed):
         moe_rows_sm90_kernel[(launch.multiprocessors(rows),)](
             tensor_descriptor(rows, [64, 64]),
             tensor_descriptor(weight.view(experts * height, width), [256, 64] if transposed else [64, 256]),
-            tensor_descriptor(out, [64, 64]), layout.block_expert, layout.block_row, layout.n_blocks,
+            tensor_descriptor(out, [64, 64]), layout.blocks, layout.n_blocks,
             DEPTH=depth, WIDTH=columns, EXPERT_ROWS=height, TRANSPOSED=transposed, **asdict(ROWS), num_warps=4,
         )  # fmt: skip
     return out
