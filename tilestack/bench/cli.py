@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     traced.add_argument("--batch", type=int, default=2, help="sequences")
     traced.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
     benches.add_parser("kvcache", help="a decoding step over a cache of keys and values")
+    benches.add_parser("fp8", help="what e4m3 products with block scales could bring to the experts")
     benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
     return top
 
@@ -93,6 +94,10 @@ def _run(arguments: argparse.Namespace) -> Path:
         from tilestack.bench import kvcache
 
         return kvcache.run(arguments.repeats, arguments.out)
+    if arguments.bench == "fp8":
+        from tilestack.bench import fp8
+
+        return fp8.run(folder=arguments.out)
     from tilestack.bench import ops
 
     return ops.run(arguments.only, arguments.repeats, arguments.out)

@@ -120,6 +120,53 @@ def run(tokens: int = 16384, folder: Path = FOLDER) -> Path:
     return write("fp8", rows, limits, folder)
 
 
+def table(record: dict) -> str:
+    """A run's products and quantisation, and what they add up to, for a README."""
+    products = {
+        (row["case"]["depth"], row["case"]["width"], row["case"]["scaling"]): row
+        for row in record["rows"]
+        if row["op"] == "fp8 product"
+    }
+    shapes = list(dict.fromkeys((depth, width) for depth, width, _ in products))
+    lines = [
+        f"{record['device']}, torch {record['versions']['torch']}, {record['date'][:10]}; "
+        f"{next(iter(products.values()))['case']['rows']} rows, dense products of cuBLAS, ms (TFLOP/s).",
+        "",
+        f"| depth x width | {' | '.join(SCALINGS)} |",
+        "|---" * (len(SCALINGS) + 1) + "|",
+        *(
+            f"| {depth} x {width} | {' | '.join(_cell(products[depth, width, each]) for each in SCALINGS)} |"
+            for depth, width in shapes
+        ),
+        "",
+    ]
+    quantised = [row for row in record["rows"] if row["op"] == "fp8 quantise"]
+    lines += [
+        f"* quantising {_what(row['case'])}: {row['ms_median']:.2f} ms ({row['gbps']:.0f} GB/s)" for row in quantised
+    ]
+    times = {each: sum(products[shape + (each,)]["ms_median"] or float("nan") for shape in shapes) for each in SCALINGS}
+    weights = times["bfloat16"] / 2  # their gradients: 6 of the 12 T * K * H * I operations above
+    rows = sum(row["ms_median"] * (1 if row["case"]["what"] == "weights" else 2) for row in quantised)  # x and dout
+    before, after = times["bfloat16"] + weights, times["block"] + weights + rows
+    lines += [
+        "",
+        f"All products of forward and backward: {before:.2f} ms in bf16; {after:.2f} ms with block scales, of which "
+        f"{rows:.2f} ms quantise weights, x and dout and {weights:.2f} ms are the weights' gradients in bf16: "
+        f"{before / after:.2f} times the speed at best, before anything is quantised in an epilogue.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: dict) -> str:
+    return row["error"] or f"{row['ms_median']:.2f} ({row['tflops']:.0f})"
+
+
+def _what(case: dict) -> str:
+    if case["what"] == "rows":
+        return f"{case['height']} rows of {case['width']}"
+    return f"the experts' weights [{case['height']}, {case['width']}], both orientations"
+
+
 def _timed(op: str, case: ProductCase | QuantiseCase, make: Callable, operations: float, moved: float) -> Row:
     try:
         timing = measure(make(), 20, budget_ms=60)

@@ -285,6 +285,13 @@ def _rated_ops(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
     return lines
 
 
+def fp8_table() -> str:
+    """What fp8 could bring to the experts."""
+    from tilestack.bench.fp8 import table
+
+    return "\n".join(table(run) for run in _runs("fp8")) or "Not measured yet.\n"
+
+
 def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
     """For the README of an op, three folders down: a picture and tables for each machine."""
     blocks = [
@@ -308,4 +315,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": lambda: _of_kernel("attention", attention_block),
     "kvcache": kvcache_table,
     "moe": lambda: _of_kernel("moe", moe_block),
+    "fp8": fp8_table,
 }
