@@ -210,7 +210,7 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
         ),
         "moe": call(
             MoEParams(keep=True), x=spec(T, H), gate_up=experts, down=spec(E, H, I), topk_ids=ids,
-            topk_weights=spec(T, K, of=torch.float32),
+            topk_weights=spec(T, K, of=torch.float32), gate_up_grad=None, down_grad=None,
         ),
         "router": call(RouterParams(K, shape.norm_topk_prob), logits=spec(T, E), token_mask=None),
         "sort_routes": call(SortRoutesParams(E), needs_grad=False, topk_ids=ids),
