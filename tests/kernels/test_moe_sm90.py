@@ -42,6 +42,7 @@ CASES = {  # T, H, I, E, K, routing, weights
     "balanced": (150, 256, 256, 3, 2, balanced, True),
     "skewed, more tiles than programs, more steps than stages": (300, 320, 128, 5, 2, skewed, True),
     "one expert takes all, the others are empty": (200, 128, 128, 4, 1, one_takes_all, True),
+    "more blocks of an expert than go column by column": (600, 320, 64, 2, 1, one_takes_all, True),
     "one route a token, no weights, 77 tokens": (77, 64, 64, 3, 1, balanced, False),
     "ids of other ranks, H and I of partial tiles": (90, 192, 192, 4, 3, partly_elsewhere, True),
     "one token": (1, 128, 320, 20, 16, balanced, True),

@@ -23,6 +23,7 @@ from tilestack.kernels._gluon import (
 )
 
 SECOND = gl.constexpr(16)  # the bit beside an expert that says that its last block's second half has rows
+FEW_BLOCKS = gl.constexpr(4)
 
 
 @gluon.jit
@@ -84,16 +85,20 @@ def gathered(source, routes, stride, first_column, WIDTH: gl.constexpr, TOP_K: g
 def row_tile(t, blocks, N_TILES: gl.constexpr):
     """Tile t of a product over rows: its expert, first row, whether its second half has rows, its place n of N_TILES.
 
-    An expert's tiles go n by n, all its blocks for each. What is left of an expert when every program has a tile then
-    needs other columns of the weight than what has gone before; those need not stay in L2."""
+    An expert's tiles go block by block, or n by n if it has few blocks: the weight's columns are then most of what a
+    tile reads, and go to neighbours while they are in L2."""
     entry = blocks + (t // N_TILES) * 4  # of any block of the expert
     packed = gl.load(entry)
     first = gl.load(entry + 1)
     count = gl.load(entry + 2)
     row = gl.load(entry + 3)
     place = t - first * N_TILES
-    n = place // count
-    block = place - n * count
+    by_columns = count <= FEW_BLOCKS
+    inner = gl.where(by_columns, count, N_TILES)
+    outer = place // inner
+    inner = place - outer * inner
+    block = gl.where(by_columns, inner, outer)
+    n = gl.where(by_columns, outer, inner)
     has_second = gl.where(block + 1 == count, packed >> SECOND, 1)
     return packed & ((1 << SECOND) - 1), row + block * 128, has_second, n
 
