@@ -61,7 +61,6 @@ class StepGraphs:
         for slot in engine.slots.values():
             if slot.grad is None:  # gradients are added to what lies here, also those of a single micro-batch
                 slot.parameter.grad = torch.zeros_like(slot.parameter)
-                slot.parameter.gradient_sum = slot.parameter.grad  # an op that can adds to it by itself
 
     def release(self) -> None:
         """Give up the recorded steps; the gradients are as before a step."""
@@ -70,8 +69,6 @@ class StepGraphs:
             slot.parameter.grad = None
             if slot.grad is not None:
                 slot.grad.zero_()
-            else:
-                del slot.parameter.gradient_sum
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
         """The engine's step."""

@@ -81,9 +81,8 @@ class LocalEngine:
             master=parameter.detach().float() if low_precision else None,
             grad=zeros() if low_precision and self.accumulation > 1 else None,
         )
-        parameter.gradient_sum = slot.grad  # for what can add to it in place, as the LM head
+        parameter.gradient_sum = slot.grad  # for what can add to it in place: the LM head, the experts
         if slot.grad is not None:
-            parameter.gradient_sum = slot.grad  # an op that can adds to it by itself, and leaves autograd no gradient
             parameter.register_post_accumulate_grad_hook(lambda p: _add_and_free(slot.grad, p))
         return slot
 
