@@ -23,6 +23,10 @@ def random(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, DTYPE)
 
 
+def integers(*values):
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
 @pytest.fixture
 def active():
     """Ours under the key of the device at hand."""
@@ -92,7 +96,7 @@ def test_scaled_dot_product_attention_and_its_gradients(active, causal, layout):
 
 def test_packed_attention_in_a_window_and_its_gradients(active):
     lengths, heads, head_dim = (9, 0, 20), 2, 16
-    offsets = torch.tensor([0, 9, 9, 29], dtype=torch.int32, device=DEVICE)
+    offsets = integers(0, 9, 9, 29)
     leaves = [random(29, heads, head_dim, seed=i).requires_grad_() for i in range(3)]
     dout = random(29, heads, head_dim, seed=7)
     out, lse, rng_state, unused, _ = aten._flash_attention_forward(
@@ -116,20 +120,18 @@ def test_packed_attention_in_a_window_and_its_gradients(active):
 
 
 def test_pages_and_used_lengths_read_the_same_keys(active):
+    """Of the operators, PyTorch 2.11's take no pages yet: there, what is registered for later ones is called itself."""
+    forward = aten._flash_attention_forward
+    if "block_table" not in [each.name for each in forward.default._schema.arguments]:
+        forward = ours._flash_attention_forward
     q, k, v = (random(5, 2, 16, seed=i) if i == 0 else random(4, 16, 2, 16, seed=i) for i in range(3))
-    offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
-    used = torch.tensor([20, 9], dtype=torch.int32, device=DEVICE)
-    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32, device=DEVICE)
-    paged, *_ = aten._flash_attention_forward(
-        q, k, v, offsets, None, 3, 32, 0.0, True, False, seqused_k=used, block_table=table
-    )
+    offsets, used = integers(0, 2, 5), integers(20, 9)
+    table = integers(3, 1, 0, 2).view(2, 2)
+    paged, *_ = forward(q, k, v, offsets, None, 3, 32, 0.0, True, False, seqused_k=used, block_table=table)
     flat = [each[table.long().flatten()].flatten(0, 1) for each in (k, v)]
-    allocated = torch.tensor([0, 32, 64], dtype=torch.int32, device=DEVICE)
-    in_rows, *_ = aten._flash_attention_forward(q, *flat, offsets, allocated, 3, 32, 0.0, True, False, seqused_k=used)
+    in_rows, *_ = forward(q, *flat, offsets, integers(0, 32, 64), 3, 32, 0.0, True, False, seqused_k=used)
     only = [torch.cat([each[:20], each[32:41]]) for each in flat]
-    expected, *_ = aten._flash_attention_forward(
-        q, *only, offsets, torch.tensor([0, 20, 29], dtype=torch.int32, device=DEVICE), 3, 20, 0.0, True, False
-    )
+    expected, *_ = forward(q, *only, offsets, integers(0, 20, 29), 3, 20, 0.0, True, False)
     assert_close([paged, in_rows], [expected.double().cpu()] * 2)
 
 
@@ -144,16 +146,15 @@ def test_dropout_is_fixed_by_the_seed_and_repeated_in_backward(active):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     without, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False)
     assert not torch.equal(results[0][0], without)
-    # dv = P' dout with the dropped P: its sum over keys is that of out's coefficients, dropped alike
-    dropped = (results[0][0].double() * torch.ones_like(out).double()).sum()
-    assert (
-        abs((results[0][3].double() * v.double()).sum() - dropped) <= 64 * torch.finfo(DTYPE).eps * dropped.abs() + 0.01
-    )
+    # with dout = 1 and the same P dropped, sum(dv * v) = sum(P' 1 * v) = sum(P v) = sum(out), but for roundings of each
+    out, dv_v = results[0][0].double(), results[0][3].double() * v.double()
+    assert abs(dv_v.sum() - out.sum()) <= torch.finfo(DTYPE).eps * (dv_v.abs().sum() + out.abs().sum())
+    assert abs(dv_v.sum() - without.double().sum()) > 0.01 * out.abs().sum(), "what is kept makes no difference"
 
 
 def test_varlen_attn_of_torch_runs_it(active):
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    offsets = torch.tensor([0, 9, 20], dtype=torch.int32, device=DEVICE)
+    offsets = integers(0, 9, 20)
     q, k, v = (random(20, 2, 16, seed=i).requires_grad_() for i in range(3))
     out = varlen.varlen_attn(q, k, v, offsets, offsets, 11, 11)
     dout = random(20, 2, 16, seed=7)

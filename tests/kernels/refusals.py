@@ -10,7 +10,7 @@ import torch
 FEATURES = {"softcap", "sinks", "ALiBi", "dropout"}
 ODD = "head dimension not a multiple of 8"
 LACKS = {
-    ("attention", "tilestack"): {"float32", "head dimension not 64 or 128", *FEATURES},
+    ("attention", "tilestack"): {"float32", "ALiBi", "dropout"},
     ("attention", "cudnn"): {
         "float32",
         "head dimension over 128",
@@ -53,7 +53,6 @@ def _attention(tensors: dict, arguments: dict) -> set[str]:
     packed = q.dim() == 3
     found = {
         "float32": q.dtype == torch.float32,
-        "head dimension not 64 or 128": q.shape[-1] not in (64, 128),
         "head dimension over 128": q.shape[-1] > 128,
         "packed": packed,
         "window": left >= 0 or (right > 0 and not causal),

@@ -34,6 +34,17 @@ def results(arguments, **options):
     return out, lse, *torch.autograd.grad(out, [arguments[name] for name in "qkv"], dout)
 
 
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1), (300, 20)], ids=str)
+def test_deterministic_gradients_have_the_same_bits_each_time(window):
+    on_gpu = DEVICE.type == "cuda"
+    length, head_dim, repeats = (2000, 128, 70) if on_gpu else (40, 16, 1)
+    q, k, v = (random(2, length, n, head_dim, dtype=torch.bfloat16, seed=n) for n in (8, 2, 2))
+    out = attention(q, k, v, window_size=window, deterministic=True)
+    dout = random(*out.shape, dtype=out.dtype, seed=7).detach()
+    first, *others = (torch.autograd.grad(out, (q, k, v), dout, retain_graph=True) for _ in range(1 + repeats))
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_reference_agrees_with_torchs_own_attention_in_float64(causal):
     q, k, v = (random(2, 9, heads, 8, dtype=torch.float64, seed=heads, device="cpu") for heads in (4, 2, 2))

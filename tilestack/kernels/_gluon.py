@@ -39,7 +39,9 @@ __all__ = [
     "narrow",
     "partial_row_max",
     "partial_row_sums",
+    "pass_turn",
     "reciprocal",
+    "reduce_add",
     "round_to_bf16",
     "scale_rows",
     "swizzled",
@@ -47,9 +49,11 @@ __all__ = [
     "thread_barrier",
     "tma",
     "tma_reduce_add",
+    "wait_for_turn",
     "warpgroup_mma",
     "warpgroup_mma_init",
     "warpgroup_mma_wait",
+    "widen",
 ]
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # renamed in 3.7
@@ -60,6 +64,83 @@ def tma_reduce_add(desc, coord, src, _semantic=None):
     """Add the tile in shared memory to global memory (bulk asynchronous, completes as a TMA store does)."""
     coord = _semantic._convert_to_ir_values(coord, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
+
+
+@constexpr_function
+def _reduce_add_code(registers: int) -> tuple[str, str]:
+    """(instructions, constraints): 8 registers hold 16 columns of two rows, which are a vector of 4 in each row."""
+    outputs, code = registers // 4, ""
+    pointers, values = outputs, outputs + registers
+    for first in range(0, registers, 8):
+        for row in (0, 2):
+            vector = ", ".join(f"${values + first + row + each}" for each in (0, 1, 4, 5))
+            code += f"red.global.add.v4.f32 [${pointers + row} + {8 * first}], {{{vector}}}; "
+    code += " ".join(f"mov.b32 ${each}, 0;" for each in range(outputs))
+    return code, ",".join(["=r"] * outputs + ["l"] * registers + ["f"] * registers)
+
+
+@constexpr_function
+def _values_of_a_thread(shape, num_warps: int) -> int:
+    return shape[0] * shape[1] // (32 * num_warps)
+
+
+@gluon.jit
+def reduce_add(pointers, values, num_warps: gl.constexpr):
+    """Add an accumulator [M, N] of wgmma to float32 in global memory, 16 bytes at once.
+
+    Rows lie anywhere, aligned to 16 bytes. Of each 16 columns c those of a thread lie side by side, in the order of its
+    registers: c // 2 % 4, c // 8, c % 2.
+    """
+    registers: gl.constexpr = _values_of_a_thread(values.shape, num_warps)
+    code: gl.constexpr = _reduce_add_code(registers)
+    gl.inline_asm_elementwise(
+        code[0], code[1], [gl.cast(pointers, gl.int64), values], dtype=gl.int8, is_pure=False, pack=registers
+    )
+
+
+@gluon.jit
+def _for_each_thread(code: gl.constexpr, constraints: gl.constexpr, pointer, number, num_warps: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    pointers = gl.full([num_warps * 32], 0, gl.int64, layout) + gl.cast(pointer, gl.int64)
+    numbers = gl.full([num_warps * 32], 0, gl.int32, layout) + number
+    gl.inline_asm_elementwise(code, constraints, [pointers, numbers], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_turn(pointer, turn, num_warps: gl.constexpr):
+    """Wait until the counter in global memory has reached `turn`; then what was written before is seen."""
+    _for_each_thread(
+        "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.ne.b32 p, t, $2; "
+        "@p bra again; mov.b32 $0, t; }",
+        "=r,l,r", pointer, turn, num_warps,
+    )  # fmt: skip
+
+
+@gluon.jit
+def pass_turn(pointer, num_warps: gl.constexpr):
+    """Add 1 to the counter in global memory, after all that the caller's threads and their TMA have written."""
+    _for_each_thread("cp.async.bulk.wait_group 0; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,l,r", pointer, 0, num_warps)
+    thread_barrier()
+    _for_each_thread(
+        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; rem.u32 t, t, $2; setp.eq.u32 p, t, 0; "
+        "@p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
+        "=r,l,r", pointer, 32 * num_warps, num_warps,
+    )  # fmt: skip
+
+
+@gluon.jit
+def widen(x, dtype: gl.constexpr):
+    """bfloat16 or float16 to float32, a pair at once: plain casts take the registers of both at the same time."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 t; shl.b32 t, $2, 16; mov.b32 $0, t; and.b32 t, $2, 0xffff0000; mov.b32 $1, t; }",
+            "=&f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }",
+            "=&f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
 
 
 @gluon.jit

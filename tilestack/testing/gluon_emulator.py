@@ -19,6 +19,7 @@ fences, and races between the warpgroups of one partition, which is one thread h
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
 import types
@@ -248,6 +249,7 @@ class Emulator:
         self.rebuilt: dict[JITFunction, Callable] = {}
         self.named: dict[int, list[int]] = {}
         self.mbarriers: list[Mbarrier] = []
+        self.reversed = False  # the order of the programs
         self.fakes = self._fakes()
 
     def launcher(self, kernel: JITFunction) -> Any:
@@ -267,17 +269,16 @@ class Emulator:
         named.update({name: value for name, value in options.items() if name in kernel.arg_names})
         arguments = [self._argument(named[name]) for name in kernel.arg_names]
         self.grid = (*grid, 1, 1)[:3]
-        for z in range(self.grid[2]):
-            for y in range(self.grid[1]):
-                for x in range(self.grid[0]):
-                    self.named.clear()
-                    self.mbarriers.clear()
-                    with self._partition((x, y, z)):
-                        function(*arguments)
-                    if any(count for count, _ in self.named.values()):
-                        raise ProtocolError("a named barrier was left half full")
-                    for barrier in self.mbarriers:
-                        barrier.check_idle()
+        programs = [(x, y, z) for z, y, x in itertools.product(*map(range, reversed(self.grid)))]
+        for program in reversed(programs) if self.reversed else programs:
+            self.named.clear()
+            self.mbarriers.clear()
+            with self._partition(program):
+                function(*arguments)
+            if any(count for count, _ in self.named.values()):
+                raise ProtocolError("a named barrier was left half full")
+            for barrier in self.mbarriers:
+                barrier.check_idle()
 
     def rebuild(self, jitted: JITFunction) -> Callable:
         """The Python function behind a JIT function, with the emulator's versions of what it calls."""
@@ -318,11 +319,14 @@ class Emulator:
     def warp_specialize(self, partitions: list, worker_warps: list[int], worker_registers: list[int]) -> None:
         program = self.here.program
 
-        def body(function: Callable, args: tuple) -> None:
+        def body(function: Callable, args: tuple, warps: int) -> None:
             with self._partition(program):
+                self.here.warps = warps
                 function(*args)
 
-        self.scheduler.run([lambda each=each: body(*each) for each in partitions])
+        warps = [0, *worker_warps]  # of the first partition it is not known, and it copies nothing
+        bodies = zip(partitions, warps, strict=True)
+        self.scheduler.run([lambda each=each, n=n: body(*each, n) for each, n in bodies])
 
     def barrier(self, index: Any, threads: str, num_warps: int, wait: bool) -> None:
         state = self.named.setdefault(int(index), [0, 0])  # threads that came, turns that are over
@@ -364,6 +368,17 @@ class Emulator:
 
         self.here.stores.append(leave)
 
+    def reduce_add(self, pointers: Pointer, values: torch.Tensor, num_warps: int) -> None:
+        pointers.memory.index_put_((pointers.offset,), values, accumulate=True)
+
+    def wait_for_turn(self, pointer: Pointer, turn: int, num_warps: int) -> None:
+        memory, offset = pointer.memory, int(pointer.offset)
+        self.scheduler.wait(lambda: memory[offset] == int(turn), f"turn {turn}")
+
+    def pass_turn(self, pointer: Pointer, num_warps: int) -> None:
+        self.store_wait(0)
+        pointer.memory[int(pointer.offset)] += 1
+
     def store_wait(self, pendings: int = 0) -> None:
         self.scheduler.wait(lambda: True, "its stores", others_first=True)
         while len(self.here.stores) > int(pendings):
@@ -380,10 +395,10 @@ class Emulator:
 
         self.here.copies.append(arrive)
 
-    def copy_arrive(self, barrier: Mbarrier, increment_count: bool = True, threads: int = 128) -> None:
+    def copy_arrive(self, barrier: Mbarrier, increment_count: bool = True) -> None:
         if increment_count:
             raise ProtocolError("cp.async arrivals must be counted in the mbarrier's init (increment_count=False)")
-        pending, self.here.copies = self.here.copies, []
+        pending, self.here.copies, threads = self.here.copies, [], 32 * self.here.warps
 
         def arrive() -> None:
             for copy in pending:
@@ -453,6 +468,10 @@ class Emulator:
             _gluon.barrier_sync: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, True),
             _gluon.barrier_arrive: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, False),
             _gluon.narrow: lambda x, dtype: x.to(dtype),
+            _gluon.widen: lambda x, dtype: x.float(),
+            _gluon.reduce_add: self.reduce_add,
+            _gluon.wait_for_turn: self.wait_for_turn,
+            _gluon.pass_turn: self.pass_turn,
             _gluon.reciprocal: lambda x: 1 / x,
             _gluon.partial_row_max: lambda x: x.reshape(x.shape[0], -1, 8).amax(1),
             _gluon.partial_row_sums: lambda x: x.reshape(x.shape[0], -1, 8).sum(1),

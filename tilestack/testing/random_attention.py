@@ -31,7 +31,7 @@ from tilestack.testing.compare import Case, assert_close, evaluate, to_oracle
 
 OURS = ("tilestack", "tilestack-triton")
 N_VARIANTS = 48
-FEW = 64  # numbers of a tensor that chance decides about
+FEW = 1024  # numbers of a tensor other than 0, some rows of a head: chance decides about them
 MASKS = ("none", "causal", "window", "causal window", "left window")
 
 
@@ -156,7 +156,7 @@ def run(seeds: Iterable[int], device: torch.device, longest: int, implementation
             report.calls[implementation] += 1
             for name in exact:
                 triple = ours[name], eager[name], exact[name]
-                if exact[name].numel() < FEW or dtype == torch.float32:
+                if exact[name].count_nonzero() < FEW or dtype == torch.float32:
                     pooled[implementation, dtype, name].append((seed, triple))
                 else:
                     _check(f"seed {seed}, {implementation}: {name}", triple, report)

@@ -6,17 +6,26 @@ and dV in registers and walks over the query blocks that see its keys:
     S' = K Q',  P' = exp2(S' scale - lse),  dP' = V dO',  dS' = P' (dP' - delta),
     dV += P' dO,  dK += dS' Q,  dQ += dS K
 
-* Partitions: two consumer warpgroups (64 keys each for S', dP', dK, dV; half of D each for dQ, so that dQ is one sum
-  over all keys of the item) and one producer warp (TMA: Q with lse, dO with delta, through rings).
-* P' and dS' stay in registers as left operands for dV and dK; dS' also goes through shared memory for dQ.
-* dQ is added into a float32 scratch tensor by TMA's reduction, in the order of the accumulator's registers, so that the
-  stores are wide and free of bank conflicts; `finish_dq_kernel` puts it in order. Where the query heads of a key head
-  are spread over several items, dK and dV go the same way. Additions from several items come in any order: the last
-  bits may differ from run to run.
+* Partitions: two consumer warpgroups and one producer warp (TMA: Q with lse, dO with delta, through rings). Up to 128
+  columns each consumer has 64 keys for S', dP', dK and dV, and half of D (or of the queries) for dQ, so that dQ is one
+  sum over all keys of the item; P' and dS' stay in registers as left operands, dS' also goes through shared memory for
+  dQ. Wider heads have 64 keys an item: the consumers share the queries of S', dP' and the columns of dK, dV, dQ, and P'
+  and dS' go through shared memory.
+* S' of the next query block is issued between dQ and dK of this one, and where registers allow (CARRY) dK runs beside
+  the exponentials of the next block: the tensor cores have work. P' is kept as 16 bits, as eager attention has it: its
+  float32 would take the registers of the next S'.
+* dQ is added into a float32 scratch tensor by TMA, from shared memory in an order free of bank conflicts, or, where no
+  shared memory is left (DQ_SHARED), straight from the registers, 16 bytes at once. `finish_kernel` rounds it. Where the
+  query heads of a key head are spread over several items, dK and dV are added from the registers too. Additions from
+  several items come in any order: the last bits may differ from run to run.
+* DETERMINISTIC: items of earlier keys add first, and all walk from the last query to the first, so that each finds its
+  turn one block behind the item before it; nobody waits for an item that starts later. One more warp waits for the turn
+  and adds dQ, so that the consumers need not wait.
+* Head dimensions 96 and 192 are tiles of 64 + 32 and 128 + 64 columns (D + TAIL).
 * Items go in sections whose Q, dO and dQ fit into L2 together, and longest first within a section.
 
-`prepare_kernel` writes delta = rowsum(out * dout) and lse in powers of two, in blocks of BLOCK_M queries that begin
-with each document; a row that is no query, or sees no key, gets lse = inf: its probabilities are 0 without a mask.
+`prepare_kernel` writes delta = rowsum(out * dout) and lse in powers of two and clears the scratch; a row that sees no
+key gets lse = inf: its probabilities are 0 without a mask.
 """
 
 from __future__ import annotations
@@ -27,27 +36,39 @@ import triton.language as tl
 
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import (
+    async_copy,
     barrier_arrive,
     barrier_sync,
     fence_async_shared,
     gl,
     gluon,
     mbarrier,
+    narrow,
+    pass_turn,
+    reciprocal,
+    reduce_add,
     tensor_descriptor,
     thread_barrier,
     tma,
     tma_reduce_add,
+    wait_for_turn,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
+    widen,
 )
+from tilestack.kernels.attention.features import sink_gradient
 from tilestack.kernels.attention.layout import rows_by_heads
-from tilestack.kernels.attention.sm90_configs import backward_config, backward_section
-from tilestack.kernels.attention.sm90_schedule import FIELDS, key_table, query_table
+from tilestack.kernels.attention.sm90_configs import backward_config, backward_section, covering
+from tilestack.kernels.attention.sm90_schedule import FIELDS, key_table, query_blocks
 
 LOG2E = 1.4426950408889634
+PREPARE_ROWS = 64
+FINISH_ROWS = 64
 Q_FREE = gl.constexpr(8)  # hardware barriers: Q_FREE + stage, DO_FREE + stage
 DO_FREE = gl.constexpr(11)
+DQ_FULL = gl.constexpr(14)
+DQ_FREE = gl.constexpr(15)
 
 
 @gluon.jit
@@ -81,350 +102,601 @@ def key_item(items, n_columns, section, left, right, HEADS: gl.constexpr, GROUP:
     if HAS_LEFT:
         high = gl.minimum(high, (gl.maximum(n * BLOCK_N + BLOCK_N + left - shift, 0) + BLOCK_M - 1) // BLOCK_M)
     index = pid // n_columns - in_document + n
-    return row_k, n_k, row_q, shift, first_block, n, kv_head, head, low, gl.maximum(high, low), index
+    return row_k, n_k, row_q, n_q, first_block, n, kv_head, head, low, gl.maximum(high, low), index
 
 
 @gluon.jit
-def producer(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, q_s, k_s, v_s, do_s, lse_s, delta_s,
-             kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
+def query_block(it, low, high, DETERMINISTIC: gl.constexpr):
+    """Iteration `it` of an item as (its query head among the item's, block of queries)."""
+    steps = gl.maximum(high - low, 1)
+    g = it // steps
+    if DETERMINISTIC:
+        return g, high - 1 - (it - g * steps)
+    else:
+        return g, low + it - g * steps
+
+
+@gluon.jit
+def load_rows(desc, tail_desc, row, column, barrier, buffer, tail_buffer, D: gl.constexpr, TAIL: gl.constexpr):
+    tma.async_copy_global_to_shared(desc, [row, column], barrier, buffer)
+    if TAIL:
+        tma.async_copy_global_to_shared(tail_desc, [row, column + D], barrier, tail_buffer)
+
+
+@gluon.jit
+def load_scalars(pointer, rows_left, barrier, buffer, BLOCK_M: gl.constexpr):
+    """lse or delta of a block's queries; TMA cannot: they begin at no multiple of 16 bytes."""
+    rows = gl.arange(0, BLOCK_M, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    async_copy.async_copy_global_to_shared(buffer, pointer + rows, mask=rows < rows_left)  # 0 for the others
+    async_copy.mbarrier_arrive(barrier, increment_count=False)
+
+
+@gluon.jit
+def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc, lse_ptr, delta_ptr,
+             q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s, lse_s, delta_s,
+             kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
              HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-             STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    row_k, _, row_q, _, first_block, n, kv_head, head, low, high, _ = key_item(
+             TAIL: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+             DETERMINISTIC: gl.constexpr):  # fmt: skip
+    row_k, _, row_q, n_q, _, n, kv_head, head, low, high, _ = key_item(
         items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    steps = high - low
-    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
-    tma.async_copy_global_to_shared(k_desc, [row_k + n * BLOCK_N, kv_head * D], kv_full, k_s.index(0))
-    tma.async_copy_global_to_shared(v_desc, [row_k + n * BLOCK_N, kv_head * D], kv_full, v_s.index(0))
-    for it in range(steps * HEADS):
-        g = it // steps
-        m = low + it - g * steps
+    width: gl.constexpr = D + TAIL
+    q_bytes: gl.constexpr = BLOCK_M * width * 2
+    total = (high - low) * HEADS
+    mbarrier.expect(kv_full, 2 * BLOCK_N * width * 2)
+    row = row_k + n * BLOCK_N
+    load_rows(k_desc, k_tail_desc, row, kv_head * width, kv_full, k_s.index(0), k_tail_s.index(0), D, TAIL)
+    load_rows(v_desc, v_tail_desc, row, kv_head * width, kv_full, v_s.index(0), v_tail_s.index(0), D, TAIL)
+    for it in range(total):
+        g, m = query_block(it, low, high, DETERMINISTIC)
         stage = it % STAGES
         row = row_q + m * BLOCK_M
-        scalars = ((head + g) * n_q_blocks + first_block + m) * BLOCK_M
+        column = (head + g) * width
+        scalars = (head + g) * total_q + row
+        rows_left = n_q - m * BLOCK_M
         if it >= STAGES:
             barrier_sync(Q_FREE + stage, "288", 1)
-        mbarrier.expect(q_full.index(stage), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(q_desc, [row, (head + g) * D], q_full.index(stage), q_s.index(stage))
-        tma.async_copy_global_to_shared(lse_desc, [scalars], q_full.index(stage), lse_s.index(stage))
+        full = q_full.index(stage)
+        mbarrier.expect(full, q_bytes)
+        load_rows(q_desc, q_tail_desc, row, column, full, q_s.index(stage), q_tail_s.index(stage), D, TAIL)
+        load_scalars(lse_ptr + scalars, rows_left, full, lse_s.index(stage), BLOCK_M)
         if it >= STAGES:
             barrier_sync(DO_FREE + stage, "288", 1)
-        mbarrier.expect(do_full.index(stage), do_desc.block_type.nbytes + delta_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(do_desc, [row, (head + g) * D], do_full.index(stage), do_s.index(stage))
-        tma.async_copy_global_to_shared(delta_desc, [scalars], do_full.index(stage), delta_s.index(stage))
+        full = do_full.index(stage)
+        mbarrier.expect(full, q_bytes)
+        load_rows(do_desc, do_tail_desc, row, column, full, do_s.index(stage), do_tail_s.index(stage), D, TAIL)
+        load_scalars(delta_ptr + scalars, rows_left, full, delta_s.index(stage), BLOCK_M)
     # take the last releases, so that no hardware barrier is left half full
-    for it in range(steps * HEADS, steps * HEADS + STAGES):
+    for it in range(total, total + STAGES):
         if it >= STAGES:
             barrier_sync(Q_FREE + it % STAGES, "288", 1)
             barrier_sync(DO_FREE + it % STAGES, "288", 1)
 
 
 @gluon.jit
-def halves(x, BLOCK_N: gl.constexpr, D: gl.constexpr):
-    """An accumulator [BLOCK_N, D] as two halves of D, each in register order: octet of columns, thread, 4 values."""
-    x = gl.permute(gl.reshape(x, [BLOCK_N // 16, 2, 8, 2, D // 16, 4, 2]), [4, 0, 2, 5, 1, 6, 3])
-    a, b = gl.split(x)
-    return gl.reshape(a, [BLOCK_N * D // 512, 256]), gl.reshape(b, [BLOCK_N * D // 512, 256])
+def add_dq(desc, tail_desc, buffer, tail_buffer, row, D: gl.constexpr, TAIL: gl.constexpr):
+    tma_reduce_add(desc, [0, row, 0], buffer)
+    if TAIL:
+        tma_reduce_add(tail_desc, [D // 32, row, 0], tail_buffer)
 
 
 @gluon.jit
-def store_tile(desc, pointer, value, staging, row, column, rows_left, stride, layout: gl.constexpr,
-               BLOCK_N: gl.constexpr, D: gl.constexpr):  # fmt: skip
-    """Write [BLOCK_N, D] of which rows_left rows exist: through TMA when all do."""
-    if rows_left >= BLOCK_N:
+def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks, total_q,
+              left, right, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+              D: gl.constexpr, TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+    """Adds the consumers' blocks of dQ to global memory, each in its turn: items of earlier keys first."""
+    _, n_k, row_q, n_q, first_block, n, _, head, low, high, _ = key_item(
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    )
+    for it in range((high - low) * HEADS):
+        g, m = query_block(it, low, high, True)
+        first = n * 0  # block of keys that sees the queries
+        if HAS_LEFT:
+            first = gl.maximum(m * BLOCK_M + n_k - n_q - left, 0) // BLOCK_N
+        turn = turns + ((head + g) * n_q_blocks + first_block + m)
+        barrier_sync(DQ_FULL + 0 * it, "288", 1)
+        wait_for_turn(turn, n - first, 1)
+        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, (head + g) * total_q + row_q + m * BLOCK_M, D, TAIL)
+        tma.store_wait(0)
+        barrier_arrive(DQ_FREE + 0 * it, "288", 1)
+        pass_turn(turn, 1)
+
+
+@gluon.jit
+def store_rows(pointer, value, row, column, rows_left, stride, layout: gl.constexpr):
+    """Write a tile of which rows_left rows exist."""
+    rows = gl.arange(0, value.shape[0], layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, value.shape[1], layout=gl.SliceLayout(0, layout))
+    corner = gl.cast(row, gl.int64) * stride + column
+    places = (rows * stride)[:, None] + columns[None, :]
+    gl.store(pointer + corner + places, value, mask=(rows < rows_left)[:, None])
+
+
+@gluon.jit
+def store_tile(desc, pointer, value, staging, row, column, rows_left, stride, layout: gl.constexpr):
+    """The same, through TMA when all rows exist."""
+    if rows_left >= value.shape[0]:
         staging.store(value)
         fence_async_shared()
         thread_barrier()
         tma.async_copy_shared_to_global(desc, [row, column], staging)
     else:
-        rows = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, layout))
-        columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-        corner = gl.cast(row, gl.int64) * stride + column
-        places = (rows * stride)[:, None] + columns[None, :]
-        gl.store(pointer + corner + places, value, mask=(rows < rows_left)[:, None])
+        store_rows(pointer, value, row, column, rows_left, stride, layout)
 
 
 @gluon.jit
-def consumers(dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-              kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right, scale, scale2, stride_dk,
+def sum_places(WIDTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, layout: gl.constexpr):
+    """Where an accumulator's values lie in a scratch tensor: each 16 columns in the order of a thread's registers."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    places = columns // 16 * 16 + columns // 2 % 4 * 4 + columns // 8 % 2 * 2 + columns % 2
+    return (rows * WIDTH)[:, None] + places[None, :]
+
+
+@gluon.jit
+def in_lines(x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """An accumulator as TMA adds it to a scratch tensor, [COLUMNS / 32, ROWS, 32]: each 32 columns in that order."""
+    x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 32, 4, 4, 2]), [1, 0, 3, 2, 4])
+    return gl.reshape(x, [COLUMNS // 32, ROWS, 32])
+
+
+@gluon.jit
+def product(a, b, a_tail, b_tail, zeros, TAIL: gl.constexpr):
+    """Issue a b over D, then over the TAIL."""
+    issued = warpgroup_mma(a, b, zeros, use_acc=False, is_async=True)
+    if TAIL:
+        issued = warpgroup_mma(a_tail, b_tail, issued, is_async=True)
+    return issued
+
+
+@gluon.jit
+def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
+              q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+              lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
+              kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
+              left, right, scale, scale2, softcap2, stride_dk,
               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
-              STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])  # S', dP' [keys, queries]
-    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, D, 16])  # dK, dV [keys, D]
-    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, D // 2, 16])  # dQ [queries, D]
+              TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr,
+              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+              DETERMINISTIC: gl.constexpr):  # fmt: skip
+    wide: gl.constexpr = 128 // BLOCK_N  # warpgroups side by side over the queries of S', dP' and the D of dK, dV
+    across: gl.constexpr = 128 // BLOCK_M  # and over the D of dQ
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // wide, wide], [16, BLOCK_M // wide, 16])
+    kv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // wide, wide], [16, D // wide, 16])
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // across, across], [16, D // across, 16])
     left_operand: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
+    groups: gl.constexpr = 2 if TAIL else 1  # of wgmma in a product
     of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
-    _, n_k, _, shift, first_block, n, _, head, low, high, _ = key_item(
+    _, n_k, row_q, n_q, _, n, _, head, low, high, _ = key_item(
         items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
-    steps = high - low
+    shift = n_k - n_q
+    total = (high - low) * HEADS
     zeros = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, s_layout)
     dq_zeros = gl.zeros([BLOCK_M, D], gl.float32, dq_layout)
-    dk = gl.zeros([BLOCK_N, D], gl.float32, kv_layout)
+    dk_issued = warpgroup_mma_init(gl.zeros([BLOCK_N, D], gl.float32, kv_layout))
     dv = gl.zeros([BLOCK_N, D], gl.float32, kv_layout)
+    dq_places = sum_places(D + TAIL, BLOCK_M, D, dq_layout)
+    if TAIL:
+        kv_tail_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // wide, wide], [16, TAIL // wide, 16])
+        dq_tail_layout: gl.constexpr = gl.NVMMADistributedLayout(
+            [3, 0], [8 // across, across], [16, TAIL // across, 16]
+        )
+        left_tail_operand: gl.constexpr = gl.DotOperandLayout(0, kv_tail_layout, 2)
+        dq_tail_zeros = gl.zeros([BLOCK_M, TAIL], gl.float32, dq_tail_layout)
+        dk_tail_issued = warpgroup_mma_init(gl.zeros([BLOCK_N, TAIL], gl.float32, kv_tail_layout))
+        dv_tail = gl.zeros([BLOCK_N, TAIL], gl.float32, kv_tail_layout)
+        dq_tail_places = sum_places(D + TAIL, BLOCK_M, TAIL, dq_tail_layout)
     # query i sees key j if first_seen[j] <= i <= last_seen[j]; query blocks [masked_below, masked_from) see all keys
     keys = n * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, s_layout))
     queries = gl.arange(0, BLOCK_M, layout=of_query)
     first_seen = gl.where(keys < n_k, keys - (shift + right) if HAS_RIGHT else 0, 1 << 30)
     last_seen = keys + (left - shift)
     masked_below = low
-    masked_from = high
+    masked_from = n_q // BLOCK_M
     if HAS_RIGHT:
         masked_below = (gl.maximum(n * BLOCK_N + BLOCK_N - 1 - shift - right, 0) + BLOCK_M - 1) // BLOCK_M
     if HAS_LEFT:
-        masked_from = gl.maximum(n * BLOCK_N + left - shift + 1, 0) // BLOCK_M
+        masked_from = gl.minimum(masked_from, gl.maximum(n * BLOCK_N + left - shift + 1, 0) // BLOCK_M)
     masked_below = gl.where(n * BLOCK_N + BLOCK_N > n_k, high, masked_below)
-    block = head * n_q_blocks + first_block + low  # of dQ
     stage = 0
     phase = 0
-    m = low
+    _, m = query_block(0, low, high, DETERMINISTIC)
     mbarrier.wait(kv_full, 0)
-    dk_issued = warpgroup_mma_init(dk)
+    mbarrier.wait(q_full.index(0), 0, pred=total > 0)
     thread_barrier()
-    for it in range(steps * HEADS):
+    s_issued = product(k_s.index(0), q_s.index(0).permute((1, 0)), k_tail_s.index(0),
+                       q_tail_s.index(0).permute((1, 0)), zeros, TAIL)  # fmt: skip
+    s = warpgroup_mma_wait(0, deps=[s_issued])
+    for it in range(total):
         # an index that is always 0 and that the compiler cannot know: loop-invariant descriptors would take registers
         zero = it >> 30
         k = k_s.index(zero)
-        v = v_s.index(zero)
         ds_tile = ds_s.index(zero)
-        q = q_s.index(stage)
         do = do_s.index(stage)
-        mbarrier.wait(q_full.index(stage), phase)
-        s_issued = warpgroup_mma(k, q.permute((1, 0)), zeros, use_acc=False, is_async=True)
         mbarrier.wait(do_full.index(stage), phase)
-        dp_issued = warpgroup_mma(v, do.permute((1, 0)), zeros, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(1, deps=[s_issued])
-        p = gl.exp2(s * scale2 - lse_s.index(stage).load(of_query)[None, :])
+        dp_issued = product(v_s.index(zero), do.permute((1, 0)), v_tail_s.index(zero),
+                            do_tail_s.index(stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
+        lse = lse_s.index(stage).load(of_query)
+        if HAS_SOFTCAP:
+            tanh = 1.0 - 2.0 * reciprocal(1.0 + gl.exp2(s * scale2))
+            p = gl.exp2(tanh * softcap2 - lse[None, :])
+        else:
+            p = gl.exp2(s * scale2 - lse[None, :])
         if (m < masked_below) | (m >= masked_from):
-            seen = first_seen[:, None] <= (queries + m * BLOCK_M)[None, :]
+            own = queries + m * BLOCK_M
+            seen = first_seen[:, None] <= gl.where(own < n_q, own, -(1 << 30))[None, :]
             if HAS_LEFT:
-                seen = seen & (last_seen[:, None] >= (queries + m * BLOCK_M)[None, :])
+                seen = seen & (last_seen[:, None] >= own[None, :])
             p = gl.where(seen, p, 0.0)
-        p_left = gl.convert_layout(p.to(dtype), left_operand)
-        dv_issued = warpgroup_mma(p_left, do, dv, is_async=True)
+        if CARRY:
+            if TAIL:
+                dk_done, dk_tail_done = warpgroup_mma_wait(groups, deps=[dk_issued, dk_tail_issued])
+            else:
+                dk_done = warpgroup_mma_wait(groups, deps=[dk_issued])
+            if it > 0:
+                barrier_arrive(Q_FREE + (stage + STAGES - 1) % STAGES, "288", 8)
+        else:
+            dk_done = dk_issued
+            if TAIL:
+                dk_tail_done = dk_tail_issued
+        weights = narrow(p, dtype)
+        slope = narrow(p * (1.0 - tanh * tanh), dtype) if HAS_SOFTCAP else weights
+        if wide == 1:
+            dv_issued = warpgroup_mma(gl.convert_layout(weights, left_operand), do, dv, is_async=True)
+            if TAIL:
+                weights_tail = gl.convert_layout(weights, left_tail_operand)
+                dv_tail_issued = warpgroup_mma(weights_tail, do_tail_s.index(stage), dv_tail, is_async=True)
         delta = delta_s.index(stage).load(of_query)
-        dp = warpgroup_mma_wait(1, deps=[dp_issued])
-        ds = (p * (dp - delta[None, :])).to(dtype)
+        dp = warpgroup_mma_wait(groups if wide == 1 else 0, deps=[dp_issued])
+        ds = narrow(widen(slope, dtype) * (dp - delta[None, :]), dtype)
+        if DETERMINISTIC or not DQ_SHARED:
+            thread_barrier()  # both warpgroups have read the previous dS'
         ds_tile.store(ds)
+        if wide == 2:
+            p_tile = p_s.index(zero)
+            p_tile.store(weights)
         fence_async_shared()
-        tma.store_wait(0)  # the previous dQ has left shared memory
-        thread_barrier()  # dS' of both warpgroups is there
+        # after the last block this one again, for nothing: a branch around wgmma costs more
+        following = gl.where(stage + 1 == STAGES, 0, stage + 1)
+        next_phase = gl.where(it + 1 == total, phase, gl.where(stage + 1 == STAGES, phase ^ 1, phase))
+        next_stage = gl.where(it + 1 == total, stage, following)
+        if DQ_SHARED and not DETERMINISTIC:
+            tma.store_wait(0)  # the previous dQ has left shared memory
+        thread_barrier()  # dS' (and P') of both warpgroups is there
+        if wide == 2:
+            dv_issued = warpgroup_mma(p_tile, do, dv, is_async=True)
+            if TAIL:
+                dv_tail_issued = warpgroup_mma(p_tile, do_tail_s.index(stage), dv_tail, is_async=True)
         dq_issued = warpgroup_mma(ds_tile.permute((1, 0)), k, dq_zeros, use_acc=False, is_async=True)
-        dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q, dk_issued, is_async=True)
-        dv = warpgroup_mma_wait(2, deps=[dv_issued])
-        barrier_arrive(DO_FREE + stage, "288", 8)
-        dq = warpgroup_mma_wait(1, deps=[dq_issued])
-        ordered = gl.permute(gl.reshape(dq, [BLOCK_M // 16, 2, 8, 2, D // 16, 4, 2]), [4, 3, 0, 2, 5, 1, 6])
-        dq_s.store(gl.reshape(ordered, [BLOCK_M * D // 256, 256]))
-        fence_async_shared()
-        thread_barrier()  # dQ is there, and both warpgroups have read dS'
-        tma_reduce_add(dq_desc, [block * (BLOCK_M * D // 256), 0], dq_s)
-        dk_issued = warpgroup_mma_init(warpgroup_mma_wait(0, deps=[dk_issued]))
-        barrier_arrive(Q_FREE + stage, "288", 8)
-        m = m + 1
-        block = gl.where(m == high, block + 1 + n_q_blocks - steps, block + 1)
-        m = gl.where(m == high, low, m)
-        stage = stage + 1
-        phase = gl.where(stage == STAGES, phase ^ 1, phase)
-        stage = gl.where(stage == STAGES, 0, stage)
-    dk = warpgroup_mma_wait(0, deps=[dk_issued])
-    tma.store_wait(0)
+        if TAIL:
+            k_tail = k_tail_s.index(zero)
+            dq_tail_issued = warpgroup_mma(ds_tile.permute((1, 0)), k_tail, dq_tail_zeros, use_acc=False, is_async=True)
+        if wide == 1:
+            if TAIL:
+                dv, dv_tail = warpgroup_mma_wait(groups, deps=[dv_issued, dv_tail_issued])
+            else:
+                dv = warpgroup_mma_wait(groups, deps=[dv_issued])
+            barrier_arrive(DO_FREE + stage, "288", 8)
+        mbarrier.wait(q_full.index(next_stage), next_phase)
+        s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
+                           q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
+        if wide == 1:
+            dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q_s.index(stage), dk_done, is_async=True)
+            if TAIL:
+                ds_left = gl.convert_layout(ds, left_tail_operand)
+                dk_tail_issued = warpgroup_mma(ds_left, q_tail_s.index(stage), dk_tail_done, is_async=True)
+        else:
+            dk_issued = warpgroup_mma(ds_tile, q_s.index(stage), dk_done, is_async=True)
+            if TAIL:
+                dk_tail_issued = warpgroup_mma(ds_tile, q_tail_s.index(stage), dk_tail_done, is_async=True)
+        if wide == 2:
+            if TAIL:
+                dv, dv_tail = warpgroup_mma_wait(3 * groups, deps=[dv_issued, dv_tail_issued])
+            else:
+                dv = warpgroup_mma_wait(3 * groups, deps=[dv_issued])
+            barrier_arrive(DO_FREE + stage, "288", 8)
+        if TAIL:
+            dq, dq_tail, s = warpgroup_mma_wait(groups, deps=[dq_issued, dq_tail_issued, s_issued])
+        else:
+            dq, s = warpgroup_mma_wait(groups, deps=[dq_issued, s_issued])
+        if DQ_SHARED:
+            if DETERMINISTIC:  # noqa: SIM102
+                if it > 0:
+                    barrier_sync(DQ_FREE + zero, "288", 8)
+            dq_s.store(in_lines(dq, BLOCK_M, D))
+            if TAIL:
+                dq_tail_s.store(in_lines(dq_tail, BLOCK_M, TAIL))
+            fence_async_shared()
+            if DETERMINISTIC:
+                barrier_arrive(DQ_FULL + zero, "288", 8)
+            else:
+                thread_barrier()  # dQ is there, and both warpgroups have read dS'
+                add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, head * total_q + row_q + m * BLOCK_M, D, TAIL)
+        else:
+            corner = (gl.cast(head, gl.int64) * total_q + row_q + m * BLOCK_M) * (D + TAIL)
+            reduce_add(dq_sum + corner + dq_places, dq, 8)
+            if TAIL:
+                reduce_add(dq_sum + corner + D + dq_tail_places, dq_tail, 8)
+        if not CARRY:
+            if TAIL:
+                dk_done, dk_tail_done = warpgroup_mma_wait(0, deps=[dk_issued, dk_tail_issued])
+                dk_tail_issued = warpgroup_mma_init(dk_tail_done)
+            else:
+                dk_done = warpgroup_mma_wait(0, deps=[dk_issued])
+            dk_issued = warpgroup_mma_init(dk_done)
+            barrier_arrive(Q_FREE + stage, "288", 8)
+        # the next block: `query_block` divides
+        if DETERMINISTIC:
+            head = gl.where(m == low, head + 1, head)
+            m = gl.where(m == low, high - 1, m - 1)
+        else:
+            m = m + 1
+            head = gl.where(m == high, head + 1, head)
+            m = gl.where(m == high, low, m)
+        stage = next_stage
+        phase = next_phase
+    if TAIL:
+        dk, dk_tail = warpgroup_mma_wait(0, deps=[dk_issued, dk_tail_issued])
+    else:
+        dk = warpgroup_mma_wait(0, deps=[dk_issued])
+    if total > 0:
+        if CARRY:
+            barrier_arrive(Q_FREE + stage, "288", 8)
+        if DETERMINISTIC:
+            barrier_sync(DQ_FREE + 0 * total, "288", 8)
+    if DQ_SHARED and not DETERMINISTIC:
+        tma.store_wait(0)
     thread_barrier()
     # read the item again: kept through the loop, its numbers would take registers
-    row_k, n_k, _, _, _, n, kv_head, _, _, _, index = key_item(
+    row_k, n_k, _, _, _, n, kv_head, head, _, _, index = key_item(
         items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
     )
+    row = row_k + n * BLOCK_N
+    rows_left = n_k - n * BLOCK_N
+    column = kv_head * (D + TAIL)
     if HEADS == GROUP:
-        row = row_k + n * BLOCK_N
-        rows_left = n_k - n * BLOCK_N
-        column = kv_head * D
         dk = (dk * scale).to(dtype)
-        store_tile(dk_desc, dk_ptr, dk, k_s.index(0), row, column, rows_left, stride_dk, kv_layout, BLOCK_N, D)
         dv = dv.to(dtype)
-        store_tile(dv_desc, dv_ptr, dv, v_s.index(0), row, column, rows_left, stride_dk, kv_layout, BLOCK_N, D)
+        store_tile(dk_desc, dk_ptr, dk, k_s.index(0), row, column, rows_left, stride_dk, kv_layout)
+        store_tile(dv_desc, dv_ptr, dv, v_s.index(0), row, column, rows_left, stride_dk, kv_layout)
+        if TAIL:
+            dk_tail = (dk_tail * scale).to(dtype)
+            store_rows(dk_ptr, dk_tail, row, column + D, rows_left, stride_dk, kv_tail_layout)
+            store_rows(dv_ptr, dv_tail.to(dtype), row, column + D, rows_left, stride_dk, kv_tail_layout)
+        tma.store_wait(0)
     else:  # other items add to the same dK and dV
-        float_layout: gl.constexpr = dk_desc.layout
-        HALF_ROWS: gl.constexpr = BLOCK_N * D // 512
-        row = (index * (n_columns * HEADS // GROUP) + kv_head) * (2 * HALF_ROWS)
-        buffers = (
-            k_s._reinterpret(gl.float32, [HALF_ROWS, 256], float_layout),
-            v_s._reinterpret(gl.float32, [HALF_ROWS, 256], float_layout),
-            q_s._reinterpret(gl.float32, [HALF_ROWS, 256], float_layout),
-            do_s._reinterpret(gl.float32, [HALF_ROWS, 256], float_layout),
-        )
-        dk_low, dk_high = halves(dk, BLOCK_N, D)
-        dv_low, dv_high = halves(dv, BLOCK_N, D)
-        buffers[0].store(dk_low)
-        buffers[1].store(dk_high)
-        buffers[2].store(dv_low)
-        buffers[3].store(dv_high)
-        fence_async_shared()
-        thread_barrier()
-        tma_reduce_add(dk_desc, [row, 0], buffers[0])
-        tma_reduce_add(dk_desc, [row + HALF_ROWS, 0], buffers[1])
-        tma_reduce_add(dv_desc, [row, 0], buffers[2])
-        tma_reduce_add(dv_desc, [row + HALF_ROWS, 0], buffers[3])
-    tma.store_wait(0)
+        corner = (gl.cast(kv_head, gl.int64) * total_k + row) * (D + TAIL)
+        places = sum_places(D + TAIL, BLOCK_N, D, kv_layout)
+        if DETERMINISTIC:
+            kv_heads = n_columns * HEADS // GROUP
+            turn = turns + (n_columns * HEADS * n_q_blocks + index * kv_heads + kv_head)
+            wait_for_turn(turn, head // HEADS % (GROUP // HEADS), 8)
+            thread_barrier()
+        reduce_add(dk_sum + corner + places, dk, 8)
+        reduce_add(dv_sum + corner + places, dv, 8)
+        if TAIL:
+            tail_places = sum_places(D + TAIL, BLOCK_N, TAIL, kv_tail_layout)
+            reduce_add(dk_sum + corner + D + tail_places, dk_tail, 8)
+            reduce_add(dv_sum + corner + D + tail_places, dv_tail, 8)
+        if DETERMINISTIC:
+            pass_turn(turn, 8)
 
 
-@gluon.jit(do_not_specialize=["section", "n_q_blocks", "left", "right"])
-def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc,
-                              dk_ptr, dv_ptr, items, n_columns, section, n_q_blocks, left, right,
-                              scale, scale2, stride_dk,
+@gluon.jit(do_not_specialize=["section", "n_q_blocks", "total_q", "total_k", "left", "right"])
+def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
+                              lse_ptr, delta_ptr, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr,
+                              dq_sum, dk_sum, dv_sum, turns, items, n_columns, section, n_q_blocks, total_q,
+                              total_k, left, right, scale, scale2, softcap2, stride_dk,
                               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                              D: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr,
-                              HAS_RIGHT: gl.constexpr):  # fmt: skip
+                              D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
+                              DQ_SHARED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+                              HAS_SOFTCAP: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    scalars_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], k_desc.layout)
     v_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, D], v_desc.layout)
     q_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], q_desc.layout)
     do_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, D], do_desc.layout)
+    k_tail_s, v_tail_s, q_tail_s, do_tail_s = k_s, v_s, q_s, do_s  # not used without a tail
+    if TAIL:
+        k_tail_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, TAIL], k_tail_desc.layout)
+        v_tail_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, TAIL], v_tail_desc.layout)
+        q_tail_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, TAIL], q_tail_desc.layout)
+        do_tail_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_M, TAIL], do_tail_desc.layout)
     ds_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, BLOCK_M], ds_layout)
-    dq_s = gl.allocate_shared_memory(gl.float32, [BLOCK_M * D // 256, 256], dq_desc.layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
+    p_s = ds_s
+    if BLOCK_N == 64:
+        p_s = gl.allocate_shared_memory(dtype, [1, BLOCK_N, BLOCK_M], ds_layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_layout)
+    dq_s, dq_tail_s = ds_s, ds_s
+    if DQ_SHARED:
+        dq_s = gl.allocate_shared_memory(gl.float32, [D // 32, BLOCK_M, 32], dq_desc.layout)
+        if TAIL:
+            dq_tail_s = gl.allocate_shared_memory(gl.float32, [TAIL // 32, BLOCK_M, 32], dq_tail_desc.layout)
     kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     mbarrier.init(kv_full, count=1)
     for i in gl.static_range(STAGES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(do_full.index(i), count=1)
-    gl.warp_specialize([
-        (consumers, (dk_desc, dv_desc, dk_ptr, dv_ptr, dq_desc, q_s, k_s, v_s, do_s, lse_s, delta_s, ds_s, dq_s,
-                     kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
-                     scale, scale2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
-        (producer, (q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, q_s, k_s, v_s, do_s, lse_s, delta_s,
-                    kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, left, right,
-                    HEADS, GROUP, BLOCK_M, BLOCK_N, D, STAGES, HAS_LEFT, HAS_RIGHT)),
-    ], [1], [24])  # fmt: skip
+        mbarrier.init(q_full.index(i), count=33)  # the expected bytes, and 32 threads' lse or delta
+        mbarrier.init(do_full.index(i), count=33)
+    # the compiler wants each partition's arguments spelled out in the call
+    if DETERMINISTIC:
+        gl.warp_specialize([
+            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
+                         q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                         lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
+                         kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
+                         left, right, scale, scale2, softcap2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
+                         STAGES, CARRY, DQ_SHARED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+            (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
+                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                        lse_s, delta_s,
+                        kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
+                        HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
+            (dq_writer, (dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks,
+                         total_q, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
+        ], [1, 1], [24, 24])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
+                         q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                         lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
+                         kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
+                         left, right, scale, scale2, softcap2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
+                         STAGES, CARRY, DQ_SHARED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+            (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
+                        lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
+                        lse_s, delta_s,
+                        kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
+                        HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
+        ], [1], [24])  # fmt: skip
 
 
 @triton.jit
 def prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, lse2_ptr, delta_ptr, dq_ptr, blocks, stride_out, stride_dout, stride_lse, n_blocks,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, FIELDS: tl.constexpr,
+    out_ptr, dout_ptr, lse_ptr, lse2_ptr, delta_ptr, sums_ptr, stride_out, stride_dout, total_q, length, n_sums,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0)
     head = tl.program_id(1)
-    if block < tl.load(blocks):
-        entry = blocks + FIELDS * (block + 1)
-        row = tl.load(entry)
-        n_rows = tl.load(entry + 1)
-        row_lse = tl.load(entry + 5)
-        rows = tl.arange(0, BLOCK_M)
-        columns = tl.arange(0, D)
-        mask = rows < n_rows
-        places = (row + rows).to(tl.int64)[:, None]
-        out = tl.load(out_ptr + places * stride_out + head * D + columns[None, :], mask=mask[:, None], other=0.0)
-        dout = tl.load(dout_ptr + places * stride_dout + head * D + columns[None, :], mask=mask[:, None], other=0.0)
-        lse = tl.load(lse_ptr + head.to(tl.int64) * stride_lse + row_lse + rows, mask=mask, other=float("-inf"))
-        place = (head * n_blocks + block).to(tl.int64)
-        lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
-        tl.store(lse2_ptr + place * BLOCK_M + rows, lse2)
-        tl.store(delta_ptr + place * BLOCK_M + rows, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1))
-        tl.store(dq_ptr + place * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D), tl.zeros([BLOCK_M * D], tl.float32))
+    heads = tl.num_programs(1)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    exists = rows < total_q
+    mask = exists[:, None] & (columns < D)[None, :]
+    places = rows.to(tl.int64)[:, None]
+    out = tl.load(out_ptr + places * stride_out + head * D + columns[None, :], mask=mask, other=0.0)
+    dout = tl.load(dout_ptr + places * stride_dout + head * D + columns[None, :], mask=mask, other=0.0)
+    of_lse = (rows // length * heads + head).to(tl.int64) * length + rows % length
+    lse = tl.load(lse_ptr + of_lse, mask=exists, other=0.0)
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    place = head.to(tl.int64) * total_q + rows
+    tl.store(lse2_ptr + place, lse2, mask=exists)
+    tl.store(delta_ptr + place, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), mask=exists)
+    # every program clears its share of the scratch
+    CHUNK: tl.constexpr = ROWS * BLOCK_D
+    chunk = (head * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    for start in range(chunk * CHUNK, n_sums, tl.num_programs(0).to(tl.int64) * heads * CHUNK):
+        sums = start + tl.arange(0, CHUNK)
+        tl.store(sums_ptr + sums, tl.zeros([CHUNK], tl.float32), mask=sums < n_sums)
 
 
 @triton.jit
-def finish_dq_kernel(
-    scratch_ptr, dq_ptr, blocks, scale, stride_dq, n_blocks,
-    D: tl.constexpr, BLOCK_M: tl.constexpr, FIELDS: tl.constexpr,
+def finish_kernel(
+    dq_sum_ptr, dk_sum_ptr, dv_sum_ptr, dq_ptr, dk_ptr, dv_ptr, heads, kv_heads, total_q, total_k, scale, n_dq, n_dkv,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, DQ_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
-    head = tl.program_id(1)
-    if block < tl.load(blocks):
-        entry = blocks + FIELDS * (block + 1)
-        row = tl.load(entry)
-        n_rows = tl.load(entry + 1)
-        place = (head * n_blocks + block).to(tl.int64)
-        x = tl.load(scratch_ptr + place * (BLOCK_M * D) + tl.arange(0, BLOCK_M * D)) * scale
-        x = tl.permute(tl.reshape(x, [D // 16, 2, BLOCK_M // 16, 8, 4, 2, 2]), [2, 5, 3, 1, 0, 4, 6])
-        x = tl.reshape(x, [BLOCK_M, D])
-        rows = tl.arange(0, BLOCK_M)
-        places = (row + rows).to(tl.int64)[:, None] * stride_dq + head * D + tl.arange(0, D)[None, :]
-        tl.store(dq_ptr + places, x.to(dq_ptr.dtype.element_ty), mask=(rows < n_rows)[:, None])
+    if block < n_dq:
+        _round_sums(dq_sum_ptr, dq_ptr, block, heads, total_q, scale, D, BLOCK_D, ROWS, DQ_COLUMNS)
+    elif block < n_dq + n_dkv:
+        _round_sums(dk_sum_ptr, dk_ptr, block - n_dq, kv_heads, total_k, scale, D, BLOCK_D, ROWS, 16)
+    else:
+        _round_sums(dv_sum_ptr, dv_ptr, block - n_dq - n_dkv, kv_heads, total_k, 1.0, D, BLOCK_D, ROWS, 16)
 
 
 @triton.jit
-def finish_dkv_kernel(
-    dk_scratch_ptr, dv_scratch_ptr, dk_ptr, dv_ptr, items, scale, n_kv_heads,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, FIELDS: tl.constexpr,
+def _round_sums(
+    sum_ptr, out_ptr, block, heads, total, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # a program does one half of D of one block of dK (even) or dV (odd)
-    item = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    is_dv = tl.program_id(2) % 2
-    half = tl.program_id(2) // 2
-    HALF: tl.constexpr = BLOCK_N * D // 2
-    if item < tl.load(items):
-        entry = items + FIELDS * (item + 1)
-        n = tl.load(entry + 4)
-        first = tl.load(entry) + n * BLOCK_N
-        rows_left = tl.load(entry + 1) - n * BLOCK_N
-        offset = ((item * n_kv_heads + kv_head).to(tl.int64) * 2 + half) * HALF + tl.arange(0, HALF)
-        x = tl.load(dv_scratch_ptr + offset) if is_dv else tl.load(dk_scratch_ptr + offset) * scale
-        x = tl.permute(tl.reshape(x, [D // 16, BLOCK_N // 16, 8, 4, 2, 2]), [1, 4, 2, 0, 3, 5])
-        x = tl.reshape(x, [BLOCK_N, D // 2])
-        rows = tl.arange(0, BLOCK_N)
-        columns = half * (D // 2) + tl.arange(0, D // 2)
-        places = (first + rows).to(tl.int64)[:, None] * (n_kv_heads * D) + kv_head * D + columns[None, :]
-        mask = (rows < rows_left)[:, None]
-        if is_dv:
-            tl.store(dv_ptr + places, x.to(dv_ptr.dtype.element_ty), mask=mask)
-        else:
-            tl.store(dk_ptr + places, x.to(dk_ptr.dtype.element_ty), mask=mask)
+    """ROWS rows of one head, [heads, total, D] to [total, heads, D]; each COLUMNS in the order of wgmma's registers."""
+    n_blocks = tl.cdiv(total, ROWS)
+    head = (block // n_blocks).to(tl.int64)
+    rows = block % n_blocks * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < total)[:, None] & (columns < D)[None, :]
+    sums = tl.load(sum_ptr + ((head * total + rows) * D)[:, None] + columns[None, :], mask=mask, other=0.0) * scale
+    values = tl.reshape(sums.to(out_ptr.dtype.element_ty), [ROWS, BLOCK_D // COLUMNS, 4, COLUMNS // 8, 2])
+    values = tl.reshape(tl.permute(values, [0, 1, 3, 2, 4]), [ROWS, BLOCK_D])
+    tl.store(out_ptr + ((rows.to(tl.int64) * heads + head) * D)[:, None] + columns[None, :], values, mask=mask)
 
 
-def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs, params):
+def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, out, lse, *, needs, params):
     """Gradients of the contract; tensors as `refuses` lets them through."""
-    dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v))
     if q.numel() == 0 or k.numel() == 0:
-        found = {"q": dq.zero_(), "k": dk.zero_(), "v": dv.zero_()}
-        return tuple(found[name] for name in needs)
+        zeros = {"q": q, "k": k, "v": v, "sinks": sinks}
+        return tuple(torch.zeros(zeros[name].shape, dtype=zeros[name].dtype, device=q.device) for name in needs)
+    heads, head_dim = q.shape[-2:]
+    size = covering(head_dim)
+    if size != head_dim:  # columns of zeros change no product
+        dout, q, k, v, out = (torch.nn.functional.pad(each, (0, size - head_dim)) for each in (dout, q, k, v, out))
+    dq, dk, dv, delta = _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params)
+    found = {"q": dq, "k": dk, "v": dv}
+    if size != head_dim:
+        found = {name: each[..., :head_dim].contiguous() for name, each in found.items()}
+    if "sinks" in needs:
+        delta = delta.view(heads, -1, q.shape[-3]).transpose(0, 1).view(lse.shape)
+        found["sinks"] = sink_gradient(sinks, lse, delta)
+    return tuple(found[name] for name in needs)
+
+
+def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
+    """dq, dk, dv, and delta [Hq, queries]."""
+    dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v))
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     group = heads // kv_heads
-    config = backward_config(head_dim, group)
+    config = backward_config(head_dim, group, params.softcap > 0, params.deterministic)
     block_m, block_n = config.BLOCK_M, config.BLOCK_N
-    blocks, n_blocks = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m)
     items, n_items = key_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m, block_n)
+    n_q_blocks = query_blocks(q, cu_seqlens_q, block_m)
     n_columns = heads // config.HEADS
-    shared = group > config.HEADS
-    out_rows, dout_rows = rows_by_heads(out), rows_by_heads(dout)
+    length = q.shape[-3]
+    total_q, total_k = q.numel() // (heads * head_dim), k.numel() // (kv_heads * head_dim)
     new = {"dtype": torch.float32, "device": q.device}
-    lse2, delta = torch.empty(2, heads * n_blocks * block_m, **new)
-    dq_scratch = torch.empty(heads * n_blocks * block_m * head_dim // 256, 256, **new)
-    if shared:  # register order, a block of BLOCK_N keys after the other
-        dk_sum, dv_sum = torch.zeros(2, n_items * kv_heads * block_n * head_dim // 256, 256, **new)
-        dkv_descs = (tensor_descriptor(each, [block_n * head_dim // 512, 256], 0) for each in (dk_sum, dv_sum))
-    else:
-        dkv_descs = (tensor_descriptor(rows_by_heads(each), [block_n, head_dim]) for each in (dk, dv))
-    q_desc, do_desc = (tensor_descriptor(each, [block_m, head_dim]) for each in (rows_by_heads(q), dout_rows))
-    k_desc, v_desc = (tensor_descriptor(rows_by_heads(each), [block_n, head_dim]) for each in (k, v))
-    lse_desc, delta_desc = (tensor_descriptor(each, [block_m], 0) for each in (lse2, delta))
-    dq_desc = tensor_descriptor(dq_scratch, [block_m * head_dim // 256, 256], 0)
-    constants = {"D": head_dim, "FIELDS": FIELDS.value, "num_warps": 4}
+    lse2, delta = torch.empty(2, heads * total_q, **new)
+    # a block of rows may reach over the last row: what it adds there is 0
+    sizes = [(heads * total_q + block_m) * head_dim]
+    if group > config.HEADS:
+        sizes += 2 * [(kv_heads * total_k + block_n) * head_dim]
+    sums = torch.empty(sum(sizes), **new)
+    dq_sum, *others = sums.split(sizes)
+    dk_sum, dv_sum = others or (dq_sum, dq_sum)  # not used
+    turns = dq_desc = dq_tail_desc = dk_desc = dv_desc = None
+    if params.deterministic:
+        turns = torch.zeros(heads * n_q_blocks + n_items * kv_heads, dtype=torch.int32, device=q.device)
+    if config.DQ_SHARED:
+        lines = dq_sum.view(-1, head_dim // 32, 32).transpose(0, 1)
+        dq_desc = tensor_descriptor(lines, [config.D // 32, block_m, 32])
+        if config.TAIL:
+            dq_tail_desc = tensor_descriptor(lines, [config.TAIL // 32, block_m, 32])
+    if group == config.HEADS:
+        dk_desc, dv_desc = (tensor_descriptor(rows_by_heads(each), [block_n, config.D]) for each in (dk, dv))
+    out_rows, *rows = (rows_by_heads(each) for each in (out, q, k, v, dout))
+    blocks = (block_m, block_n, block_n, block_m)
+    descs = [tensor_descriptor(*each) for each in zip(rows, [[size, config.D] for size in blocks], strict=True)]
+    tail_descs = [None] * 4
+    if config.TAIL:
+        tails = [[size, config.TAIL] for size in blocks]
+        tail_descs = [tensor_descriptor(*each, 2 * config.TAIL) for each in zip(rows, tails, strict=True)]
+    scale2 = params.softmax_scale * LOG2E
+    if params.softcap:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
+        scale2 *= 2 / params.softcap
     with launch.on_device(q):
-        prepare_kernel[(n_blocks, heads)](
-            out_rows, dout_rows, lse, lse2, delta, dq_scratch, blocks, out_rows.stride(0), dout_rows.stride(0),
-            lse.shape[-1], n_blocks, BLOCK_M=block_m, **constants,
+        prepare_kernel[(launch.cdiv(total_q, PREPARE_ROWS), heads)](
+            out_rows, rows[3], lse, lse2, delta, sums, out_rows.stride(0), rows[3].stride(0),
+            total_q, length, sums.numel(), D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=PREPARE_ROWS,
+            num_warps=4,
         )  # fmt: skip
         attention_backward_kernel[(n_items * n_columns,)](
-            q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, *dkv_descs, dk, dv, items, n_columns,
-            backward_section(n_columns, config.HEADS, q.shape[-3], head_dim), n_blocks,
-            params.window_left, params.window_right,
-            params.softmax_scale, params.softmax_scale * LOG2E, kv_heads * head_dim, GROUP=group, D=head_dim,
-            **vars(config), HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, num_warps=8,
+            *descs, *tail_descs, lse2, delta, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
+            dq_sum, dk_sum, dv_sum, turns, items, n_columns,
+            backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q, total_k,
+            params.window_left, params.window_right, params.softmax_scale, scale2, params.softcap * LOG2E,
+            kv_heads * head_dim, GROUP=group, **vars(config),
+            HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, HAS_SOFTCAP=params.softcap > 0,
+            DETERMINISTIC=params.deterministic, num_warps=8,
         )  # fmt: skip
-        finish_dq_kernel[(n_blocks, heads)](
-            dq_scratch, dq, blocks, params.softmax_scale, heads * head_dim, n_blocks, BLOCK_M=block_m, **constants
-        )
-        if shared:
-            finish_dkv_kernel[(n_items, kv_heads, 4)](
-                dk_sum, dv_sum, dk, dv, items, params.softmax_scale, kv_heads, BLOCK_N=block_n, **constants
-            )
-    found = {"q": dq, "k": dk, "v": dv}
-    return tuple(found[name] for name in needs)
+        n_dq, n_dkv = launch.cdiv(total_q, FINISH_ROWS) * heads, launch.cdiv(total_k, FINISH_ROWS) * kv_heads
+        finish_kernel[(n_dq + (2 * n_dkv if group > config.HEADS else 0),)](
+            dq_sum, dk_sum, dv_sum, dq, dk, dv, heads, kv_heads, total_q, total_k, params.softmax_scale, n_dq, n_dkv,
+            D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=FINISH_ROWS,
+            DQ_COLUMNS=32 if config.DQ_SHARED else 16, num_warps=4,
+        )  # fmt: skip
+    return dq, dk, dv, delta

@@ -36,18 +36,42 @@ def forward_size(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class Backward:
-    """Constants of the kernel: BLOCK_M queries and BLOCK_N keys of a tile, STAGES of the rings of Q and dO, HEADS query
-    heads of an item."""
+    """Constants of the kernel: BLOCK_M queries and BLOCK_N keys of a tile, D + TAIL columns, STAGES of the rings of Q
+    and dO, HEADS query heads of an item, CARRY: dK of a block runs beside the exponentials of the next."""
 
     BLOCK_M: int
     BLOCK_N: int
+    D: int
+    TAIL: int
     STAGES: int
     HEADS: int
+    CARRY: bool
+    DQ_SHARED: bool
 
 
-def backward_config(head_dim: int, group: int) -> Backward:
+BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_SHARED
+    64: (128, 128, 64, 0, 2, False, True),
+    96: (64, 128, 64, 32, 3, True, True),
+    128: (64, 128, 128, 0, 3, True, True),
+    192: (64, 64, 128, 64, 2, False, True),
+    256: (64, 64, 256, 0, 2, False, False),
+}
+
+
+DETERMINISTIC_UP_TO = 192  # head dimension; beyond, the block of dQ that waits for its turn finds no shared memory
+
+
+def covering(head_dim: int) -> int:
+    """The head dimension that the backward runs for: the next one that it has tiles for."""
+    return next(size for size in BACKWARD if size >= head_dim)
+
+
+def backward_config(head_dim: int, group: int, softcap: bool, deterministic: bool) -> Backward:
     """Two query heads an item: K and V are loaded for twice the work, and there are still items enough."""
-    return Backward(BLOCK_M=64, BLOCK_N=128, STAGES=2, HEADS=2 if group % 2 == 0 else 1)
+    block_m, block_n, main, tail, stages, carry, shared = BACKWARD[head_dim]
+    if softcap:  # one more tile of registers
+        block_m, carry = 64, False
+    return Backward(block_m, block_n, main, tail, stages, 2 if group % 2 == 0 else 1, carry, shared)
 
 
 def _largest_divisor(n: int, limit: int) -> int:

@@ -231,6 +231,13 @@ def key_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int, block_n: int) -> t
     return _packed_table(key_table_kernel, k.shape[0], cu_seqlens_q, cu_seqlens_k, block_n, **blocks)
 
 
+def query_blocks(q, cu_seqlens_q, block_m: int) -> int:
+    """How many blocks of queries the documents of a call have, or for packed input an upper bound."""
+    if cu_seqlens_q is None:
+        return q.shape[0] * launch.cdiv(q.shape[1], block_m)
+    return q.shape[0] // block_m + cu_seqlens_q.numel()
+
+
 def _packed_table(
     kernel, total: int, cu_seqlens_q, cu_seqlens_k, block: int, **blocks: int
 ) -> tuple[torch.Tensor, int]:

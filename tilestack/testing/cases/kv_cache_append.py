@@ -87,7 +87,7 @@ CASES = OpCases(
         Case(
             "Qwen3-30B-A3B",
             "a decoding step of 64 sequences",
-            _make((4096,) * 64, 1, 8192, 4, 128, page=64, rotary_dim=128),
+            _make((1000,) * 64, 1, 1024, 4, 128, page=64, rotary_dim=128),
             gpu_only=True,
         ),
     ),
