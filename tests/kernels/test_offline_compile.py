@@ -112,6 +112,10 @@ def test_planted_faults_are_found():
     assert found["unreached"] == ["rms_norm_bwd_kernel", "rms_norm_fwd_kernel"]
 
 
+def test_hopper_kernels_of_moe_that_no_case_launches_compile_within_their_budgets():
+    assert run_compiling(str(Path(__file__).with_name("compile_moe_variants.py"))) == []
+
+
 def test_amd_spills_are_read_from_the_assembly():
     text = "    .sgpr_spill_count: 2\n    .vgpr_count:     512\n    .vgpr_spill_count: 7\n"
     assert offline.amd_usage(text) == (512, 7)
