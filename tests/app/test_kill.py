@@ -14,13 +14,14 @@ from tilestack.app import checkpoints
 MOMENTS = {
     "while the weights are written": """
         import tilestack.distributed.local as local
-        write = local.write_tensors
-        def half(path, tensors):
-            write(path, tensors)
-            if "step-00000004" in str(path):
+        write = local.write_pieces
+        def half(folder, rank, pieces):
+            write(folder, rank, pieces)
+            if "step-00000004" in str(folder):
+                path = folder / "pieces-00000-0000.safetensors"
                 os.truncate(path, path.stat().st_size // 2)
                 die()
-        local.write_tensors = half
+        local.write_pieces = half
     """,
     "when all is written but the manifest": """
         write = checkpoints.write_text

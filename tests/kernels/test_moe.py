@@ -192,6 +192,7 @@ def test_a_frozen_weight_and_a_forward_without_gradients_leave_the_sum_alone():
 
 BAD_SUMS = {
     r"gate_up_grad must be \[6, 32, 32\]": {"gate_up_grad": torch.zeros(E, H, I)},
+    "down_grad must be a tensor, got list": {"down_grad": [1]},
     "down_grad must be torch.float32 or the dtype of down, got torch.bfloat16": {
         "down_grad": torch.zeros(E, H, I, dtype=torch.bfloat16)
     },

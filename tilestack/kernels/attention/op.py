@@ -13,6 +13,7 @@ Gemma 2 (2024); sinks: gpt-oss (2025); ALiBi: Press et al. (2022); masks, packin
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,6 +179,8 @@ def _prepare(
     }  # fmt: skip
     checks.tensors("attention", q=q, k=k, v=v, **{name: each for name, each in optional.items() if each is not None})
     _check_tensors(q, k, v)
+    if not isinstance(deterministic, bool):
+        raise ValueError(f"attention: deterministic must be True or False, got {deterministic!r}")
     _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes)
     _check_dropout(q, dropout_p, dropout_seed)
@@ -283,7 +286,8 @@ def _check_absent(name: str, value: object, q: torch.Tensor) -> None:
 
 
 def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, (torch.Tensor, float, bool)):
+    # numbers.Integral: also numpy's; torch.compile gives its own
+    if isinstance(value, bool) or not isinstance(value, (numbers.Integral, torch.SymInt)):
         raise ValueError(f"attention: {name} must be an integer, got {type(value).__name__}")
 
 
@@ -300,6 +304,6 @@ def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
 def _scale(softmax_scale: float | None, head_dim: int) -> float:
     if softmax_scale is None:
         return head_dim**-0.5
-    if isinstance(softmax_scale, torch.Tensor) or not 0 < softmax_scale < math.inf:
+    if isinstance(softmax_scale, (torch.Tensor, str)) or not 0 < softmax_scale < math.inf:
         raise ValueError(f"attention: softmax_scale must be a finite number greater than 0, got {softmax_scale!r}")
     return float(softmax_scale)

@@ -15,7 +15,7 @@ from tilestack.kernels._gluon import tensor_descriptor
 from tilestack.kernels.attention.features import sink_gradient
 from tilestack.kernels.attention.layout import rows_by_heads
 from tilestack.kernels.attention.sm90_backward_kernel import attention_backward_kernel
-from tilestack.kernels.attention.sm90_configs import backward_config, backward_section, covering
+from tilestack.kernels.attention.sm90_configs import backward_config, backward_section, tile_size
 from tilestack.kernels.attention.sm90_schedule import key_table, query_blocks
 
 LOG2E = 1.4426950408889634
@@ -88,7 +88,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, out, lse, *
         zeros = {"q": q, "k": k, "v": v, "sinks": sinks}
         return tuple(torch.zeros(zeros[name].shape, dtype=zeros[name].dtype, device=q.device) for name in needs)
     heads, head_dim = q.shape[-2:]
-    size = covering(head_dim)
+    size = tile_size(head_dim)
     if size != head_dim:  # columns of zeros change no product
         dout, q, k, v, out = (torch.nn.functional.pad(each, (0, size - head_dim)) for each in (dout, q, k, v, out))
     dq, dk, dv, delta = _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params)
@@ -107,7 +107,7 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     group = heads // kv_heads
-    config = backward_config(head_dim, group, params.softcap > 0, params.deterministic)
+    config = backward_config(head_dim, group, params.softcap > 0)
     block_m, block_n = config.BLOCK_M, config.BLOCK_N
     items, n_items = key_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m, block_n)
     n_q_blocks = query_blocks(q, cu_seqlens_q, block_m)

@@ -29,15 +29,16 @@ FORWARD = {
 }
 
 
-def forward_size(head_dim: int) -> int:
-    """The head dimension that the forward runs with: head_dim, or the next larger one that it has tiles for."""
+def tile_size(head_dim: int) -> int:
+    """The head dimension that the kernels run with: head_dim, or the next larger one that they have tiles for."""
     return min(size for size in FORWARD if size >= head_dim)
 
 
 @dataclass(frozen=True)
 class Backward:
     """Constants of the kernel: BLOCK_M queries and BLOCK_N keys of a tile, D + TAIL columns, STAGES of the rings of Q
-    and dO, HEADS query heads of an item, CARRY: dK of a block runs beside the exponentials of the next."""
+    and dO, HEADS query heads of an item, CARRY: dK of a block runs beside the exponentials of the next, DQ_SHARED: dQ
+    is added by TMA from shared memory, else from registers."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -61,12 +62,7 @@ BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_
 DETERMINISTIC_UP_TO = 192  # head dimension; beyond, the block of dQ that waits for its turn finds no shared memory
 
 
-def covering(head_dim: int) -> int:
-    """The head dimension that the backward runs for: the next one that it has tiles for."""
-    return next(size for size in BACKWARD if size >= head_dim)
-
-
-def backward_config(head_dim: int, group: int, softcap: bool, deterministic: bool) -> Backward:
+def backward_config(head_dim: int, group: int, softcap: bool) -> Backward:
     """Two query heads an item: K and V are loaded for twice the work, and there are still items enough."""
     block_m, block_n, main, tail, stages, carry, shared = BACKWARD[head_dim]
     if softcap:  # one more tile of registers

@@ -53,7 +53,7 @@ from tilestack.kernels._gluon import (
 )
 from tilestack.kernels.attention.features import lse_of_no_keys
 from tilestack.kernels.attention.layout import empty_lse, pad_heads, rows_by_heads
-from tilestack.kernels.attention.sm90_configs import FORWARD, Forward, forward_size
+from tilestack.kernels.attention.sm90_configs import FORWARD, Forward, tile_size
 from tilestack.kernels.attention.sm90_schedule import dense_schedule, piece, query_table, share, work_item
 
 LOG2E = 1.4426950408889634
@@ -480,7 +480,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
     if k.numel() == 0:
         return out.zero_(), lse_of_no_keys(q, sinks)
     heads, head_dim = q.shape[-2:]
-    size = forward_size(head_dim)
+    size = tile_size(head_dim)
     config = FORWARD[size]
     block_m = ROWS.value * config.CONSUMERS
     dense = cu_seqlens_q is None

@@ -73,11 +73,12 @@ def moe(
         token less in 16 bits, for 4 of 18 * K * H * I operations more.
     gate_up_grad, down_grad: like the weights, contiguous, float32 or the weights' dtype. The backward adds the weight's
         gradient to it, in one pass, and autograd gets none: for weights whose gradient nobody hooks (DeepSpeed does).
-        Without effect where the weight needs no gradient. Not under torch.compile.
+        Without effect where the weight needs no gradient; else x or topk_weights must require one.
     implementation: "tilestack", "tilestack-triton" or "reference"; None chooses.
 
     Returns out like x. Differentiable in x, gate_up, down and topk_weights. The same input gives the same bits.
-    Raises ValueError for wrong shapes, dtypes or devices.
+    Raises ValueError for wrong shapes, dtypes, strides or devices, and for a sum that no backward would write or under
+    torch.compile.
     """
     checks.floating("moe", x=x, gate_up=gate_up, down=down)
     checks.same_dtype("moe", x=x, gate_up=gate_up, down=down)
@@ -121,6 +122,7 @@ def _accumulating(
         return weight, None
     if torch.compiler.is_compiling():
         raise ValueError(f"moe: {name}_grad is written behind autograd's back, which torch.compile cannot trace")
+    checks.tensors("moe", **{f"{name}_grad": total})
     checks.same_device("moe", **{name: weight, f"{name}_grad": total})
     checks.shape("moe", f"{name}_grad", total, tuple(weight.shape), f"like {name}")
     if total.dtype not in (torch.float32, weight.dtype):
