@@ -73,3 +73,14 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, finished, tmp_path):
     assert process.returncode == 0, f"{said[-2000:]}\n{errors[-4000:]}"
     for ours, alone in zip(records(run), records(finished), strict=True):
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5), f"step {ours['step']}"
+
+
+def test_two_processes_that_share_rows_and_experts_have_the_losses_of_one(finished, tmp_path):
+    source = yaml.safe_load((finished / "config.yaml").read_text())["data"]["source"]
+    split = ("--distributed.sequence_parallel", 2, "--distributed.expert_parallel", 2, "--distributed.zero", 2)
+    torchrun("--config", write_config(tmp_path, data={"source": source}), *split)
+    run = only_run(tmp_path)
+    for ours, alone in zip(records(run), records(finished), strict=True):
+        assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5), f"step {ours['step']}"
+    assert (run / "sample.txt").read_text()
+    transformers.AutoModelForCausalLM.from_pretrained(run / "export")

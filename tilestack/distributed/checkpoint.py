@@ -4,9 +4,9 @@
     pieces-<rank>-<n>.safetensors     "<parameter>:<start>:<kind>" -> elements [start, ...) of the flattened parameter
 
 A kind is "weight" (float32: the master, where the model's weights are bfloat16) or a state of the optimizer ("exp_avg",
-"exp_avg_sq"). Each rank writes what it holds, in files of its own, so no rank ever has the whole; and a reader takes
-the elements that it needs from whatever files have them. So a checkpoint does not depend on how many ranks wrote it, on
-their ZeRO stage, or on how they split the experts.
+"exp_avg_sq"). Each rank writes what it holds, in files of its own, so from ZeRO-1 on no rank ever has the whole; and a
+reader takes the elements that it needs from whatever files have them. So a checkpoint does not depend on how many ranks
+wrote it, on their ZeRO stage, or on how they split the experts.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
     for piece in pieces:
         for kind, tensor in piece.tensors.items():
             waiting[f"{piece.name}:{piece.start}:{kind}"] = tensor.detach().cpu().contiguous()
-        if sum(each.nbytes for each in waiting.values()) >= FILE_BYTES:
-            flush()
+            if sum(each.nbytes for each in waiting.values()) >= FILE_BYTES:
+                flush()
     if waiting:
         flush()
 
@@ -152,8 +152,11 @@ def _copy(stored: list[_Stored], start: int, target: torch.Tensor) -> None:
         for each in stored:
             low, high = max(start, each.start), min(end, each.end)
             if low < high:
-                with _opened(each.path) as file:
-                    part = file.get_slice(each.key)[low - each.start : high - each.start]
+                try:
+                    with _opened(each.path) as file:
+                        part = file.get_slice(each.key)[low - each.start : high - each.start]
+                except (SafetensorError, RuntimeError, OSError) as error:
+                    raise CheckpointError(f"{each.path} is damaged: {error}") from None
                 target[low - start : high - start].copy_(part)
 
 

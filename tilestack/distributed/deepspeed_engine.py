@@ -1,4 +1,4 @@
-"""Several processes, or ZeRO on one: DeepSpeed. The only module that imports it."""
+"""Several processes, or ZeRO on one: DeepSpeed. What imports it is this module and what it imports."""
 
 from __future__ import annotations
 
@@ -102,6 +102,9 @@ class DeepSpeedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         if self.stage == 3:
             mark_leaf_modules(model)
+        _check_split(distributed, self.stage, dtype)
+        for parameter in model.parameters():
+            parameter.__dict__.pop("gradient_sum", None)  # of a local engine that had the model before
         self.sequence = _join_sequence(distributed.sequence_parallel, world)
         if self.sequence is not None:
             shard_sequences(model, self.sequence)
@@ -116,6 +119,8 @@ class DeepSpeedEngine:
                 "sequences_are_split": self.sequence is not None,
             }
             self.engine = _initialize(model, client, groups, settings, **split)
+        if self.stage == 0:
+            self._state().restart()  # in bfloat16 DeepSpeed's wrapper has made an update of nothing
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
 
     def train_step(self, micro_batches: Sequence[MicroBatch], lr: float) -> StepResult:
@@ -220,6 +225,18 @@ class DeepSpeedEngine:
         dist.barrier()
 
 
+def _check_split(distributed: DistributedConfig, stage: int, dtype: torch.dtype) -> None:
+    """Raise SettingsError for what DeepSpeed 0.19 cannot do together."""
+    if distributed.sequence_parallel == 1:
+        if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is not None:
+            raise SettingsError("this process has trained with distributed.sequence_parallel, which DeepSpeed keeps")
+    elif stage == 1 and dtype == torch.bfloat16:
+        # its optimizer for this takes the ranks that share rows for ranks that share weights
+        raise SettingsError(
+            "distributed.sequence_parallel with bfloat16 weights does not work with distributed.zero = 1; take 2 or 3"
+        )
+
+
 def _join_sequence(ranks: int, world: World) -> Ulysses | None:
     """The ranks that share this rank's rows; None if it has whole ones. Raises SettingsError."""
     if ranks == 1:
@@ -230,6 +247,11 @@ def _join_sequence(ranks: int, world: World) -> Ulysses | None:
         )
     if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
         parallel_state_sp.initialize_sequence_parallel(ranks)
+    elif parallel_state_sp.get_sequence_parallel_world_size() != ranks:
+        raise SettingsError(
+            f"distributed.sequence_parallel = {ranks}: DeepSpeed takes one number a process, and this process has had "
+            f"{parallel_state_sp.get_sequence_parallel_world_size()}"
+        )
     return Ulysses(parallel_state_sp.get_sequence_parallel_group(), world.rank % ranks, ranks)
 
 
@@ -328,4 +350,5 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 def _adamw(groups: list[dict], optimizer: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
     betas = (optimizer.beta1, optimizer.beta2)
-    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=betas, eps=optimizer.eps, fused=device.type == "cuda")
+    # every step sets its learning rate; without ZeRO DeepSpeed makes an update before the first
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optimizer.eps, fused=device.type == "cuda")

@@ -102,6 +102,13 @@ def make_engine(
         from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 
         return DeepSpeedEngine(model, optimizer, distributed, accumulation, world)
+    for name in ("expert_parallel", "sequence_parallel"):
+        ranks = getattr(distributed, name)
+        if ranks > 1:
+            raise ValueError(
+                f"distributed.{name} = {ranks} needs as many processes, with DeepSpeed, and this is one without: set "
+                f"distributed.{name} to 1, or start more with torchrun"
+            )
     return LocalEngine(model, optimizer, accumulation, world, record_graphs=distributed.cuda_graphs == "auto")
 
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from tilestack.distributed.config import SettingsError
 from tilestack.models import Qwen3MoeForCausalLM
+from tilestack.models.registration import NAME
 from tilestack.models.sharded_sequence import Attend
 
 IGNORED = -100
@@ -75,8 +76,14 @@ class _Function(nn.Module):
 def shard_sequences(model: Qwen3MoeForCausalLM, sequence: Ulysses) -> None:
     """Make the model expect its rank's part of every row.
 
-    Raises SettingsError if the heads cannot be shared out evenly.
+    Raises SettingsError if the heads cannot be shared out evenly, or do not run on our op.
     """
+    implementation = model.config._attn_implementation
+    if implementation != NAME:
+        raise SettingsError(
+            "distributed.sequence_parallel shares out the heads of tilestack's own attention, but the model was built "
+            f"with attn_implementation={implementation!r}"
+        )
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     if heads % sequence.ranks or (kv_heads % sequence.ranks and sequence.ranks % kv_heads):
         raise SettingsError(

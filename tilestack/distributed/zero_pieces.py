@@ -45,14 +45,15 @@ class OptimizerState:
         self.zero = engine.optimizer
         self.stage = engine.zero_optimization_stage()
         self.base = getattr(self.zero, "optimizer", self.zero)
-        if not all({"betas", "eps"} <= set(group) for group in self.base.param_groups):
+        is_adam = all({"betas", "eps"} <= set(group) for group in self.base.param_groups)
+        if not is_adam or any(group.get("amsgrad") for group in self.base.param_groups):
             raise CheckpointError(f"the state of {type(self.base).__name__} cannot be saved: only Adam's is known")
 
     @property
     def updates(self) -> int:
         """How many updates were made."""
-        for flat, _, group in self._flats():
-            return int(self.base.state[flat].get("step", group.get("step", 0)))
+        for flat, _, _ in self._flats():
+            return int(self.base.state[flat].get("step", 0))
         return 0
 
     def pieces(self) -> Iterator[Piece]:
@@ -67,6 +68,12 @@ class OptimizerState:
                 name = self.names[id(part.parameter)]
                 tensors = {kind: each.view(-1).narrow(0, part.offset, part.numel) for kind, each in kinds.items()}
                 yield Piece(name, self.begins.get(name, 0) + part.start, tensors)
+
+    def restart(self) -> None:
+        """No update was made yet: whatever state there is counts from 0."""
+        for flat, _, group in self._flats():
+            if self.base.state[flat]:
+                self._set_step(self.base.state[flat], group, flat, 0)
 
     def publish(self, updates: int) -> None:
         """After the pieces' tensors were written: set the count, and give the model the weights. A collective."""
@@ -84,9 +91,9 @@ class OptimizerState:
                         part.parameter.copy_(weights.view_as(part.parameter))
 
     def _set_step(self, state: dict, group: dict, flat: torch.Tensor, updates: int) -> None:
-        if "step" in group:
+        if "step" in group:  # DeepSpeed's fused Adam, which counts in the state too
             group["step"] = updates
-        elif isinstance(self.base, (torch.optim.Adam, torch.optim.AdamW)):
+        if isinstance(self.base, (torch.optim.Adam, torch.optim.AdamW)):
             on_device = group.get("fused") or group.get("capturable")
             state["step"] = torch.tensor(float(updates), device=flat.device if on_device else "cpu")
         else:

@@ -208,10 +208,11 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
         restore_rotary_frequencies(model)
         return (model, info) if info_wanted else model
 
-    def shard_sequence(self, sequence: ShardedSequence) -> None:
+    def shard_sequence(self, sequence: ShardedSequence | None) -> None:
         """From now on every row of tokens is this rank's part of a row that `sequence.ranks` ranks share.
 
-        forward then needs cu_seq_lens_q of the whole rows, position_ids and shift_labels of the part.
+        forward then needs cu_seq_lens_q of the whole rows, position_ids and shift_labels of the part. None: rows are
+        whole again.
         """
         for module in self.modules():
             if isinstance(module, (original.Qwen3MoeModel, original.Qwen3MoeAttention)):

@@ -115,10 +115,8 @@ def experts_forward(
     sums = {}
     if (x.requires_grad or weights.requires_grad) and not torch.compiler.is_compiling():
         # an engine that sums gradients over micro-batches, and that nobody hooks, leaves its sums at the parameters
-        sums = {
-            "gate_up_grad": getattr(self.gate_up_proj, "gradient_sum", None),
-            "down_grad": getattr(self.down_proj, "gradient_sum", None),
-        }
+        named = {"gate_up_grad": self.gate_up_proj, "down_grad": self.down_proj}
+        sums = {name: getattr(each, "gradient_sum", None) for name, each in named.items() if not each._backward_hooks}
     return moe(x, gate_up, down, top_k_index, weights, **sums, implementation=kernels_of(self).moe)
 
 
