@@ -127,13 +127,13 @@ def build(name: str, case: StepCase, seed: int = 0) -> torch.nn.Module:
     return model.train()
 
 
-def zipf_tokens(batch: int, seqlen: int, vocabulary: int, seed: int) -> torch.Tensor:
+def zipf_tokens(batch: int, seqlen: int, vocabulary: int, seed: int, device: str = "cuda") -> torch.Tensor:
     """[batch, seqlen] tokens, rank r with probability proportional to 1 / (r + 10); ranks are shuffled over ids."""
     generator = torch.Generator().manual_seed(seed)
     weights = 1.0 / (torch.arange(vocabulary, dtype=torch.float64) + 10)
     ranks = torch.multinomial(weights, batch * seqlen, replacement=True, generator=generator)
     ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
-    return ids[ranks].view(batch, seqlen).cuda()
+    return ids[ranks].view(batch, seqlen).to(device)
 
 
 def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
