@@ -31,7 +31,12 @@ def main(folder: Path, rank: int, ranks: int, harm: str, victim: int) -> None:
             time.sleep(0.005)
         return [module.Peer(**json.loads(path.read_text())) for path in paths]
 
-    watch = module.Watch(rank, ranks, exchange, timeout=1.0 if harm == "hang" else 30.0)
+    if harm == "hang in gloo":
+        import torch.distributed
+
+        store = torch.distributed.FileStore(str(folder / "store"), ranks)
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    watch = module.Watch(rank, ranks, exchange, timeout=1.0 if harm.startswith("hang") else 30.0)
     watch.hint, watch.folder = "Resume.", folder
     with module.watched(watch):
         for step in range(3):
@@ -44,6 +49,10 @@ def main(folder: Path, rank: int, ranks: int, harm: str, victim: int) -> None:
 
 
 def wait_in_a_collective() -> None:
+    if "torch" in sys.modules:
+        import torch
+
+        torch.distributed.all_reduce(torch.ones(1))
     time.sleep(60)
 
 

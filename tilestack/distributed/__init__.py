@@ -4,6 +4,7 @@ from tilestack.distributed.checkpoint import CheckpointError
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 from tilestack.distributed.engine import Engine, StepResult
 from tilestack.distributed.launch import build_model, make_engine, start
+from tilestack.distributed.watch import Watch, watch_ranks, watched
 from tilestack.distributed.world import LaunchError, World
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "OptimizerConfig",
     "SettingsError",
     "StepResult",
+    "Watch",
     "World",
     "build_model",
     "make_engine",
     "start",
+    "watch_ranks",
+    "watched",
 ]

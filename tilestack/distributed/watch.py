@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import json
+import math
 import os
 import secrets
 import select
@@ -59,7 +60,7 @@ class Watch:
     """One rank's place in the ring. Begins to watch at once.
 
     exchange: gives every rank's Peer, in order, for this rank's own; called once, by every rank.
-    timeout: seconds that one thing may take, from one `at` to the next; 0: no limit.
+    timeout: seconds that one thing may take, from one `at` to the next.
     say: writes a message to people.
 
     hint: what to do after a failure, the end of its message. folder: where stacks are written.
@@ -70,7 +71,7 @@ class Watch:
         rank: int,
         world_size: int,
         exchange: Callable[[Peer], list[Peer]],
-        timeout: float = 0.0,
+        timeout: float = math.inf,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ):
         self.rank, self.timeout, self.hint, self.folder = rank, timeout, "", None
@@ -135,7 +136,7 @@ class Watch:
                     self._hear(line.decode(errors="replace"))
                 if not received and not self._next_is_done:
                     self._next_died()
-            if self._since is not None and 0 < self.timeout < time.monotonic() - self._since:
+            if self._since is not None and self.timeout < time.monotonic() - self._since:
                 self._stuck(f"rank {self.rank} has been in {self._doing} for {self.timeout:g} s (distributed.timeout)")
 
     def _hear(self, line: str) -> None:
