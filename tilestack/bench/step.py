@@ -292,25 +292,29 @@ def jobs_of(names: tuple[str, ...], kinds: tuple[str, ...], cases: list[StepCase
 
 
 def run(
-    cases: list[StepCase], implementations: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER
+    cases: list[StepCase],
+    implementations: list[str] | None = None,
+    repeats: int = 20,
+    folder: Path = FOLDER,
+    kinds: list[str] | None = None,
 ) -> Path:
-    """Time every implementation on every case; prints, and writes the result file, as it goes.
+    """Measure every implementation; prints, and writes the result file, as it goes.
 
-    Raises ValueError for a name that is no implementation.
+    implementations, kinds: names of IMPLEMENTATIONS and KINDS, None for all.
+
+    Raises ValueError for a name that is none of them.
     """
-    wanted = implementations or list(IMPLEMENTATIONS)
-    unknown = [name for name in wanted if name not in IMPLEMENTATIONS]
-    if unknown:
-        raise ValueError(f"bench step: {unknown[0]!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    wanted = _known(implementations, IMPLEMENTATIONS)
+    measured = _known(kinds, KINDS)
     limits = ceilings()
     torch.cuda.empty_cache()
     # for the children: whatever lies between two tensors is lost to the longest sequence
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
     recorder = Recorder("step", limits, folder, describe)
-    for process, kinds in PROCESSES:
+    for process, of_process in PROCESSES:
         names = tuple(name for name in process if name in wanted)
-        jobs = jobs_of(names, kinds, cases, repeats)
+        jobs = jobs_of(names, tuple(kind for kind in of_process if kind in measured), cases, repeats)
         for job, result in one_after_another(jobs, work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
             error = result if isinstance(result, str) else None
@@ -318,6 +322,13 @@ def run(
             for row in [failed] if error else result:
                 recorder.add(row)
     return recorder.finish()
+
+
+def _known(names: list[str] | None, known: dict[str, object]) -> list[str]:
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"bench step: {unknown[0]!r} is not one of {', '.join(map(repr, known))}")
+    return list(names or known)
 
 
 def describe(row: Row) -> str:
