@@ -147,28 +147,33 @@ def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
 
-def _recorded_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
-    """Replays the step; each replay writes the gradients anew."""
+def _recorded_step(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[Callable[[], None], float]:
+    """What replays the step (each replay writes the gradients anew), and the GiB that recording it allocated at most.
+
+    A replay allocates nothing: the graph keeps the memory that its kernels use.
+    """
     for _ in range(2):  # compiles
         _step(model, tokens)
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return Recorded(lambda: _step(model, tokens), torch.cuda.graph_pool_handle()).replay
+    torch.cuda.reset_peak_memory_stats()
+    recorded = Recorded(lambda: _step(model, tokens), torch.cuda.graph_pool_handle())
+    return recorded.replay, torch.cuda.max_memory_allocated() / 2**30
 
 
 def time_step(name: str, case: StepCase, repeats: int) -> list[Row]:
     """Median time of forward, loss and backward."""
     model = build(name, case)
     tokens = zipf_tokens(case.batch, case.seqlen, model.config.vocab_size, seed=1)
-    call = _recorded_step(model, tokens) if name == GRAPH else lambda: _step(model, tokens)
+    call, recorded_gib = _recorded_step(model, tokens) if name == GRAPH else (lambda: _step(model, tokens), 0.0)
     timing = measure(call, repeats)
     n_tokens = case.batch * case.seqlen
     flops = training_flops_per_token(model.config, case.seqlen) * n_tokens
     row = Row(
         op="step", case=case.as_dict(), implementation=name, direction="step",
         ms_median=timing.median, ms_min=timing.low, ms_max=timing.high,
-        tflops=flops / timing.median / 1e9, peak_gib=timing.peak_gib,
+        tflops=flops / timing.median / 1e9, peak_gib=max(timing.peak_gib, recorded_gib),
         tokens_per_s=n_tokens / timing.median * 1e3, overhead_us=timing.overhead_us, cold_s=timing.cold_s,
     )  # fmt: skip
     return [row]
