@@ -53,11 +53,15 @@ class MoeCase:
 
 @dataclass(frozen=True)
 class Job:
-    """kind: "speed", "first" (the first call of a process) or "compile" (a call of everything, untimed)."""
+    """kind: "speed", "first" (the first call of a process) or "compile" (a call of everything, untimed).
+
+    candidate: of SonicMoE's, the one to compile.
+    """
 
     case: MoeCase
     implementation: str
     kind: str = "speed"
+    candidate: int | None = None
 
 
 def flops(case: dict, direction: str) -> float:
@@ -122,13 +126,13 @@ def make(case: MoeCase, device: str, seed: int = 0) -> Problem:
     return Problem(x, dout, gate, gate_up, down, case.top_k)
 
 
-def block(problem: Problem, implementation: str) -> Callable[[], torch.Tensor]:
+def block(problem: Problem, implementation: str, candidate: int | None = None) -> Callable[[], torch.Tensor]:
     """The block as a function without arguments: [T, H]."""
     if implementation == "transformers":
         module = transformers_block(problem)
         return lambda: module(problem.x[None])[0]
     if implementation == "sonic-moe":
-        return moe_sonic.block(problem)
+        return moe_sonic.block(problem, candidate)
     return lambda: _tilestack(problem, implementation)
 
 
@@ -204,7 +208,7 @@ def _speed(job: Job) -> list[Row]:
 
 def _compile(job: Job) -> list[Row]:
     problem = make(job.case, "cuda")
-    for direction in _directions(problem, block(problem, job.implementation)):
+    for direction in _directions(problem, block(problem, job.implementation, job.candidate)):
         direction()
     torch.cuda.synchronize()
     return []
@@ -259,32 +263,41 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
 
 
 def _all_rows(names: list[str], chosen: list[MoeCase]) -> Iterator[Row]:
-    """SonicMoE comes last, in processes of its own: it may compile for minutes."""
+    """SonicMoE comes last, in processes of its own, without first calls: it may compile for minutes."""
     slow = [name for name in names if name == "sonic-moe"]
     quick = [name for name in names if name not in slow]
     for group, patience in ((quick, PATIENCE_S), (slow, moe_sonic.PATIENCE_S)):
         if not group:
             continue
-        yield from first_calls(group, patience)
+        if group is quick:
+            yield from first_calls(group)
         compile_ahead(chosen, group, patience)
         jobs = [Job(case, name) for case in chosen for name in group]
         for job, result in one_after_another(jobs, work, patience):
             yield from _rows(job, result)
 
 
-def first_calls(names: list[str], patience: float) -> Iterator[Row]:
+def first_calls(names: list[str]) -> Iterator[Row]:
     """Rows of the first call in a new process, with and without compiled kernels on the disk."""
     jobs = [[Job(MoeCase(COLD_TOKENS), name, "first")] for name in names]
-    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work, patience)] for _ in range(2))
+    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work)] for _ in range(2))
     for row, again in zip(cold, warm, strict=True):
         yield dataclasses.replace(row, warm_s=again.cold_s, error=row.error or again.error)
 
 
 def compile_ahead(chosen: list[MoeCase], names: list[str], patience: float) -> None:
-    """Fill the caches on the disk, a process for each name; what fails here is a row where it is timed."""
+    """Fill the caches on the disk, with a process for each name (SonicMoE: for each candidate).
+
+    What fails here fails again where it is timed, and is a row there.
+    """
     started = time.perf_counter()
     counts = sorted({case.tokens for case in chosen})
-    jobs = [[Job(MoeCase(tokens), name, "compile") for tokens in counts] for name in names]
+    candidates = [
+        (name, each)
+        for name in names
+        for each in (range(len(moe_sonic.CANDIDATES)) if name == "sonic-moe" else (None,))
+    ]
+    jobs = [[Job(MoeCase(tokens), name, "compile", each) for tokens in counts] for name, each in candidates]
     for _ in side_by_side(jobs, work, patience):
         pass
     print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
