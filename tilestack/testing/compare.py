@@ -113,35 +113,67 @@ def check(
     return {name: assert_close(name, ours[name], eager[name], exact[name]) for name in exact}
 
 
+@dataclass(frozen=True)
+class Errors:
+    """What the rule needs to know of some values, so that those of many calls can be judged together: `+`.
+
+    largest, squares: the largest absolute value and the sum of squares of our error, of eager's, and of the oracle's
+    values, where those are finite. count: of finite values; numbers: of all.
+    """
+
+    numbers: int
+    count: int = 0
+    largest: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __add__(self, other: Errors) -> Errors:
+        largest = tuple(map(max, zip(self.largest, other.largest, strict=True)))
+        squares = tuple(map(sum, zip(self.squares, other.squares, strict=True)))
+        return Errors(self.numbers + other.numbers, self.count + other.count, largest, squares)
+
+    def judge(self, name: str, dtype: torch.dtype) -> tuple[float, float]:
+        """Assert the rule; returns our error and eager's."""
+        if not self.count:
+            return 0.0, 0.0
+        unit, float32_unit = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+        rms = tuple((each / self.count) ** 0.5 for each in self.squares)
+        norms = (("largest", self.largest, unit), ("root mean square", rms, unit / 2 + float32_unit))
+        for norm, (error, eager_error, size), rounding in norms if self.numbers > 1 else norms[:1]:
+            budget = 2 * eager_error + rounding * size
+            assert error <= budget, (
+                f"{name}: {norm} error {error:.3g} is over the budget {budget:.3g} (eager's error {eager_error:.3g})"
+            )
+        return error, eager_error
+
+
 def assert_close(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Assert the rule for one tensor; integers must be equal."""
+    """Assert the rule for one tensor; integers must be equal. Returns our error and eager's."""
+    return errors(name, ours, eager, exact).judge(name, ours.dtype)
+
+
+def errors(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> Errors:
+    """The errors of one tensor. Asserts what needs no measuring: shape, dtype, integers, infinities."""
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, expected {eager.dtype}"
     if ours.numel() == 0:
-        return 0.0, 0.0
+        return Errors(0)
     if not ours.is_floating_point():
         assert torch.equal(ours.cpu(), exact.to(ours.dtype).cpu()), f"{name}: integers differ"
-        return 0.0, 0.0
-    unit, float32_unit = torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps
+        return Errors(0)
     ours, eager = ours.cpu().double(), eager.cpu().double()
     finite = torch.isfinite(exact)
     assert torch.equal(ours[~finite], exact[~finite]), f"{name}: infinities are not where the oracle has them"
     assert torch.isfinite(ours[finite]).all(), f"{name}: not finite, or never written"
     if not finite.any():
-        return 0.0, 0.0
-    norms = (("largest", _largest, unit), ("root mean square", _rms, unit / 2 + float32_unit))
-    for norm, measure, rounding in norms if exact.numel() > 1 else norms[:1]:
-        error, eager_error = measure((ours - exact)[finite]), measure((eager - exact)[finite])
-        budget = 2 * eager_error + rounding * measure(exact[finite])
-        assert error <= budget, (
-            f"{name}: {norm} error {error:.3g} is over the budget {budget:.3g} (eager's error {eager_error:.3g})"
-        )
-    return error, eager_error
+        return Errors(exact.numel())
+    parts = [each[finite] for each in (ours - exact, eager - exact, exact)]
+    largest, squares = (tuple(of(each).item() for each in parts) for of in (_largest, _squares))
+    return Errors(exact.numel(), len(parts[0]), largest, squares)
 
 
-def _largest(error: torch.Tensor) -> float:
-    return error.abs().max().item()
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().max()
 
 
-def _rms(error: torch.Tensor) -> float:
-    return error.square().mean().sqrt().item()
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    return values.square().sum()
