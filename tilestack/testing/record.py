@@ -1,14 +1,16 @@
 """A pytest plugin that keeps what ran, test by test, also of a run that is stopped.
 
-    python -m pytest -p tilestack.testing.record --record FILE [--seconds N] ...
+    python -m pytest -p tilestack.testing.record --record FILE [--seconds N] [--only PATTERN] ...
 
 FILE gets one line of JSON a test: {"test", "outcome", "seconds", "message"}. outcome: passed, failed, skipped, or
-"not reached" for tests that N seconds after the start had not begun: those are not run.
+"not reached" for tests that N seconds after the start had not begun: those are not run. PATTERN: a regular expression
+that the ids of the tests have.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -22,10 +24,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("record")
     group.addoption("--record", type=Path, help="file that gets one line of JSON a test")
     group.addoption("--seconds", type=float, help="tests that have not begun by then are not run")
+    group.addoption("--only", default="", help="a regular expression: tests whose ids have it")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Record(config))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    items[:] = [each for each in items if re.search(config.option.only, each.nodeid)]
 
 
 class _Record:

@@ -15,7 +15,7 @@ import time
 import torch
 
 from tilestack.testing.cases import all_cases
-from tilestack.testing.compare import evaluate
+from tilestack.testing.compare import Case, evaluate
 
 CALLS = {  # op -> implementation -> cases, of which every kernel has one
     "attention": {
@@ -35,21 +35,29 @@ CALLS = {  # op -> implementation -> cases, of which every kernel has one
 }
 
 
+def calls(op: str) -> list[tuple[str, Case]]:
+    """The op's calls: implementation and case."""
+    small = [case for case in all_cases()[op].cases if not case.gpu_only]
+    return [
+        (implementation, case)
+        for implementation, wanted in CALLS[op].items()
+        for case in small
+        if wanted is None or case.name in wanted
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the calls; each is printed when the device has finished it, with its seconds."""
     parser = argparse.ArgumentParser(prog="python -m tilestack.testing.sanitized", description=__doc__.split("\n")[0])
-    parser.add_argument("op", nargs="*", choices=[*CALLS, []], help="default: all of them")
-    arguments = parser.parse_args(argv)
-    for name in arguments.op or CALLS:
+    parser.add_argument("op", nargs="*", help=f"default: {', '.join(CALLS)}")
+    for name in parser.parse_args(argv).op or CALLS:
         op = all_cases()[name]
-        for implementation, wanted in CALLS[name].items():
-            small = [case for case in op.cases if not case.gpu_only]
-            for case in [each for each in small if wanted is None or each.name in wanted]:
-                started = time.perf_counter()
-                tensors = case.make(torch.bfloat16, torch.device("cuda"), torch.Generator().manual_seed(0))
-                evaluate(op, case, tensors, implementation)
-                torch.cuda.synchronize()
-                print(f"ran {name}, {implementation}: {case.name} ({time.perf_counter() - started:.1f} s)", flush=True)
+        for implementation, case in calls(name):
+            started = time.perf_counter()
+            tensors = case.make(torch.bfloat16, torch.device("cuda"), torch.Generator().manual_seed(0))
+            evaluate(op, case, tensors, implementation)
+            torch.cuda.synchronize()
+            print(f"ran {name}, {implementation}: {case.name} ({time.perf_counter() - started:.1f} s)", flush=True)
     return 0
 
 
