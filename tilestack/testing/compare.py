@@ -1,7 +1,7 @@
 """The rule that decides whether an implementation is right.
 
-The oracle is the reference in float64 on the CPU. The honest competitor is the reference in the dtype under test, on
-the same device ("eager"). An implementation passes if, for every output and every gradient,
+The oracle is the reference in float64, on the same device. The honest competitor is the reference in the dtype under
+test, on the same device ("eager"). An implementation passes if, for every output and every gradient,
 
     error(implementation, oracle) <= 2 * error(eager, oracle) + rounding
 
@@ -9,11 +9,15 @@ both for the largest error and for the root mean square. `rounding` is what comp
 it may cost even where eager was lucky: of the largest value one unit in the last place; in the root mean square, of
 every value half a unit and one unit of float32. It is the second that sees a wrong scale of 1% in bf16, whose unit is
 0.8%. Of a single number (a loss) there is no average, so only the largest error counts.
+
+Of a few numbers (the gradients of a head's sink) chance decides whose error is twice whose. Where they break the rule,
+the case is drawn anew some times, and the rule is asked of all draws together, the first among them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -93,24 +97,41 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def to_oracle(tensors: Tensors) -> Tensors:
-    """The same inputs in float64 on the CPU."""
+    """The same inputs in float64."""
     return {
-        name: tensor.cpu().double() if torch.is_tensor(tensor) and tensor.is_floating_point()
-        else tensor.cpu() if torch.is_tensor(tensor) else tensor
+        name: tensor.double() if torch.is_tensor(tensor) and tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
-    }  # fmt: skip
+    }
+
+
+FEW = 64  # numbers of a tensor, about which chance decides
+DRAWS = 16
 
 
 def check(
     op: OpCases, case: Case, implementation: str, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> dict:
+) -> dict[str, tuple[float, float]]:
     """Run the case and assert the rule. Returns {name: (error, eager's error)} for reports."""
-    tensors = case.make(dtype, device, torch.Generator().manual_seed(seed))
-    exact = evaluate(op, case, to_oracle(tensors), "reference")
-    eager = evaluate(op, case, tensors, "reference")
-    ours = evaluate(op, case, tensors, implementation)
-    assert ours.keys() == exact.keys()
-    return {name: assert_close(name, ours[name], eager[name], exact[name]) for name in exact}
+
+    @functools.cache
+    def draw(number: int) -> dict[str, tuple[Errors, torch.dtype]]:
+        tensors = case.make(dtype, device, torch.Generator().manual_seed(seed + number))
+        exact = evaluate(op, case, to_oracle(tensors), "reference")
+        eager = evaluate(op, case, tensors, "reference")
+        ours = evaluate(op, case, tensors, implementation)
+        assert ours.keys() == exact.keys()
+        return {name: (errors(name, ours[name], eager[name], exact[name]), ours[name].dtype) for name in exact}
+
+    report = {}
+    for name, (found, of) in draw(0).items():
+        try:
+            report[name] = found.judge(name, of)
+        except AssertionError:
+            if found.numbers > FEW:
+                raise
+            drawn = sum((draw(number)[name][0] for number in range(1, DRAWS)), found)
+            report[name] = drawn.judge(f"{name} of {DRAWS} draws", of)
+    return report
 
 
 @dataclass(frozen=True)
@@ -160,7 +181,7 @@ def errors(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tens
     if not ours.is_floating_point():
         assert torch.equal(ours.cpu(), exact.to(ours.dtype).cpu()), f"{name}: integers differ"
         return Errors(0)
-    ours, eager = ours.cpu().double(), eager.cpu().double()
+    ours, eager, exact = ours.cpu().double(), eager.cpu().double(), exact.cpu()
     finite = torch.isfinite(exact)
     assert torch.equal(ours[~finite], exact[~finite]), f"{name}: infinities are not where the oracle has them"
     assert torch.isfinite(ours[finite]).all(), f"{name}: not finite, or never written"

@@ -17,32 +17,37 @@ import torch
 from tilestack.testing.cases import all_cases
 from tilestack.testing.compare import Case, evaluate
 
-CALLS = {  # op -> implementation -> cases, of which every kernel has one
+TRITON = "tilestack-triton"
+CALLS = {  # op -> implementation -> cases: odd sizes, pieces that are masked, every kernel at least once
     "attention": {
-        "tilestack": ("more keys", "packed, spare rows", "soft cap, packed, window", "head dimension 96"),
-        "tilestack-triton": ("more keys", "everything, packed"),
+        "tilestack": (
+            "more keys", "packed, spare rows", "soft cap, packed, window", "sinks, packed, spare rows",
+            "head dimension 96", "head dimension 256",
+        ),
+        TRITON: ("more keys", "everything, packed"),
     },
-    "moe": {
-        "tilestack": ("partly elsewhere", "duplicate routes", "recompute"),
-        "tilestack-triton": ("partly elsewhere", "wide"),
-    },
-    "linear_cross_entropy": {"tilestack-triton": None},
-    "qk_norm_rope": {"tilestack-triton": None},
-    "rms_norm": {"tilestack-triton": None},
-    "router": {"tilestack-triton": None},
-    "adamw": {"tilestack-triton": None},
-    "attention_kvcache": {"tilestack-triton": None},
-}
+    "moe": {"tilestack": ("partly elsewhere", "recompute"), TRITON: ("partly elsewhere", "wide")},
+    "linear_cross_entropy": {TRITON: ("odd vocabulary", "everything, several blocks")},
+    "qk_norm_rope": {TRITON: ("fused projection", "head 20")},
+    "rms_norm": {TRITON: ("odd width", "residual")},
+    "layer_norm": {TRITON: ("odd width", "dropout")},
+    "router": {TRITON: ("odd experts", "masked")},
+    "sort_routes": {TRITON: ("partly elsewhere", "several blocks")},
+    "adamw": {TRITON: ("clipped", "strided grad")},
+    "attention_kvcache": {TRITON: ("odd pages", "splits, window", "new keys")},
+    "kv_cache_append": {TRITON: ("over a page's end",)},
+    "cross_entropy": {TRITON: ("more than a block",)},
+    "cross_entropy_gradient": {TRITON: ("more than a block",)},
+    "rotary": {TRITON: ("packed with offsets",)},
+    "swiglu": {TRITON: ("odd width, fused",)},
+}  # fmt: skip
 
 
 def calls(op: str) -> list[tuple[str, Case]]:
     """The op's calls: implementation and case."""
     small = [case for case in all_cases()[op].cases if not case.gpu_only]
     return [
-        (implementation, case)
-        for implementation, wanted in CALLS[op].items()
-        for case in small
-        if wanted is None or case.name in wanted
+        (implementation, case) for implementation, wanted in CALLS[op].items() for case in small if case.name in wanted
     ]
 
 
