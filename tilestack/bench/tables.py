@@ -9,12 +9,14 @@ A table stands between two markers and is replaced as a whole:
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
 from tilestack.bench.results import FOLDER, ROOT, read
+from tilestack.kernels import ops
 
 FIGURES = ROOT / "docs" / "figures"
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -306,6 +308,13 @@ def kvcache_table() -> str:
     return "\n".join(kvcache_block(run) for run in _runs("kvcache")) or "Not measured yet.\n"
 
 
+def trust_table(op: str | None = None) -> str:
+    """Which checks passed on a GPU, of one op or of all, a table for each machine."""
+    from tilestack.bench.trust import block
+
+    return "\n".join(block(run, op) for run in _runs("trust")) or "Not run yet.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -316,4 +325,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "kvcache": kvcache_table,
     "moe": lambda: _of_kernel("moe", moe_block),
     "fp8": fp8_table,
+    "trust": trust_table,
+    **{f"trust_{op}": functools.partial(trust_table, op) for op in (*ops(), "flash_attn", "model")},
 }
