@@ -55,7 +55,7 @@ def bytes_moved(made: Tensors) -> int:
 
 
 def check(device: torch.device) -> None:
-    """Raise AssertionError if the kernel breaks the rule of testing.compare in a case of the grid, with bf16 weights."""
+    """Raise AssertionError if the kernel breaks the rule of testing.compare in a case of the grid; bf16 weights."""
     for case in CASES.cases:
         compare.check(CASES, case, "tilestack-triton", torch.bfloat16, device)
 
