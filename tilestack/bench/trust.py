@@ -272,8 +272,14 @@ def rows_of_tests(tests: dict[str, Tests], lines: Iterable[dict]) -> list[Row]:
             outcome = {"skipped": "refused", "not reached": "not_reached"}.get(line["outcome"], line["outcome"])
             setattr(row, outcome, getattr(row, outcome) + 1)
             if outcome == "failed" and len(row.failures) < MOST_FAILURES:
-                row.failures.append(f"{line['test'].split('::')[-1]}: {line['message'].splitlines()[-1]}")
+                row.failures.append(f"{line['test'].split('::')[-1]}: {_reason(line['message'])}")
     return list(found.values())
+
+
+def _reason(message: str) -> str:
+    """The line of pytest's report that says what was wrong."""
+    lines = message.splitlines()
+    return next((line[1:].strip() for line in lines if line.startswith("E  ")), lines[-1])[:120]
 
 
 def _put(found: list[Row], commit: str | None, path: Path) -> None:
