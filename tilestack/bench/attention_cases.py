@@ -81,7 +81,7 @@ def cases(quick: bool = False) -> list[AttentionCase]:
     dense = [AttentionCase(TOKENS // s, s, **variant) for variant in variants for s in LENGTHS]
     repeatable = [AttentionCase(TOKENS // s, s, deterministic=True) for s in (4096, 16384)]
     wide = [AttentionCase(TOKENS // s, s, heads=16, kv_heads=4, head_dim=256) for s in (4096, 16384)]
-    return [*dense[: len(LENGTHS)], packed(TOKENS), packed(4 * TOKENS), *repeatable, *dense[len(LENGTHS) :], *wide]
+    return [*dense[: len(LENGTHS)], packed(TOKENS), packed(4 * TOKENS), *repeatable, *wide, *dense[len(LENGTHS) :]]
 
 
 def make(case: AttentionCase, device: str, seed: int = 0) -> dict[str, torch.Tensor | None]:
