@@ -26,7 +26,9 @@ and become one custom op, tilestack::<op>_<suffix>.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -68,7 +70,7 @@ class Contract:
     constants: tuple[str, ...] = ()
     shared_gradients: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @functools.cached_property
     def input_names(self) -> tuple[str, ...]:
         return tuple(name.rstrip("?") for name in self.inputs)
 
@@ -91,7 +93,7 @@ class InPlaceContract:
     mutates: tuple[str, ...]
     params: type
 
-    @property
+    @functools.cached_property
     def input_names(self) -> tuple[str, ...]:
         return tuple(name.rstrip("?") for name in self.inputs)
 
@@ -102,11 +104,11 @@ class InPlaceContract:
 
 @dataclass(frozen=True)
 class Registered:
-    """An implementation's module and the custom ops made from it."""
+    """An implementation's module and the custom ops made from it. values: the fields of params, in order."""
 
     module: ModuleType
     forward_op: Any
-    params_fields: tuple[str, ...]
+    values: Callable[[Any], tuple]
     eager: type[torch.autograd.Function] | None = None
     backward_op: Any = None
 
@@ -114,12 +116,11 @@ class Registered:
         self, tensors: tuple[torch.Tensor | None, ...], params: Any, needs_grad: bool
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run it. needs_grad: autograd must record the call."""
-        args = (*tensors, *[getattr(params, name) for name in self.params_fields])
         # The autograd that torch puts around a custom op takes 200 microseconds a call. Ours stands outside of the op,
         # with the same functions; what traces the op itself finds torch's.
         if not needs_grad or self.eager is None or is_compiling():
-            return self.forward_op(*args)
-        return self.eager.apply(*args)
+            return self.forward_op(*tensors, *self.values(params))
+        return self.eager.apply(*tensors, self.values(params))
 
     def backward(
         self,
@@ -130,25 +131,32 @@ class Registered:
     ) -> list[torch.Tensor]:
         """Run backward alone: grads one for each output, named the inputs and outputs, needs one for each input."""
         saved = [_pick(named, each) for each in self.module.SAVED]
-        return self.backward_op(list(grads), saved, list(needs), *[getattr(params, f) for f in self.params_fields])
+        return self.backward_op(list(grads), saved, list(needs), *self.values(params))
 
 
 def register(contract: Contract | InPlaceContract, suffix: str, module_path: str) -> Registered:
     """Import an implementation and register its custom ops; once per implementation and process."""
     module = importlib.import_module(module_path)
-    fields = tuple(field.name for field in dataclasses.fields(contract.params))
+    values = _values_of(contract.params)
     if isinstance(contract, InPlaceContract):
         name = f"{contract.op}_{suffix}"
         _define_in_place(contract, module, name)
-        return Registered(module, _overload(name), fields)
+        return Registered(module, _overload(name), values)
     forward_name = f"{contract.op}_forward_{suffix}"
     backward_name = f"{contract.op}_backward_{suffix}"
     backward_op = None
     if contract.differentiable:
-        _define_backward(contract, module, backward_name, fields)
+        _define_backward(contract, module, backward_name)
         backward_op = _overload(backward_name)
-    eager = _define_forward(contract, module, forward_name, backward_name, fields)
-    return Registered(module, _overload(forward_name), fields, eager, backward_op)
+    eager = _define_forward(contract, module, forward_name, backward_op)
+    return Registered(module, _overload(forward_name), values, eager, backward_op)
+
+
+def _values_of(params: type) -> Callable[[Any], tuple]:
+    names = [field.name for field in dataclasses.fields(params)]
+    if len(names) > 1:
+        return operator.attrgetter(*names)  # a few times as fast as a loop in Python
+    return lambda each: tuple(getattr(each, name) for name in names)
 
 
 def _overload(name: str) -> Any:
@@ -167,81 +175,114 @@ def _define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
 
 
 def _define_forward(
-    contract: Contract, module: ModuleType, name: str, backward_name: str, fields: tuple
+    contract: Contract, module: ModuleType, name: str, backward_op: Any
 ) -> type[torch.autograd.Function] | None:
     """Defines the forward op; returns its autograd for eager calls, None where nothing is differentiable."""
     n_inputs = len(contract.inputs)
     n_results = len(contract.outputs) + len(module.AUXILIARY)
     arguments = ", ".join(f"Tensor{'?' if n.endswith('?') else ''} {n.rstrip('?')}" for n in contract.inputs)
     schema = f"({arguments}{_params_schema(contract)}) -> ({', '.join(['Tensor'] * n_results)})"
-
-    def split(args: tuple) -> tuple[tuple, Any]:
-        return args[:n_inputs], contract.params(*args[n_inputs:])
+    params_of = _remembering(contract.params)
 
     def kernel(*args: Any) -> Any:
-        inputs, params = split(args)
-        return _unwrap(module.forward(*inputs, params))
+        return _unwrap(module.forward(*args[:n_inputs], params_of(*args[n_inputs:])))
 
     def fake(*args: Any) -> Any:
-        inputs, params = split(args)
+        inputs, params = args[:n_inputs], contract.params(*args[n_inputs:])  # values may be symbols
         results = contract.fake(*inputs, params)
         if module.AUXILIARY:
             results = (*results, *module.fake_auxiliary(*inputs, params))
         return _unwrap(results)
 
-    result_names = (*contract.outputs, *module.AUXILIARY)
-
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        tensors, ctx.params = split(inputs)
-        results = output if isinstance(output, tuple) else (output,)
-        named = dict(zip(contract.input_names, tensors, strict=True))
-        named.update(zip(result_names, results, strict=True))
-        ctx.save_for_backward(*[_pick(named, each) for each in module.SAVED])
-        # an output that does not exist for this call has shape [0]; nothing may flow back from it
-        absent = [each for each in contract.outputs if named[each].shape == (0,) and tensors[0].numel()]
-        constants = {*contract.constants, *module.AUXILIARY, *absent}
-        ctx.mark_non_differentiable(*[named[each] for each in result_names if each in constants])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        needed = dict(zip(contract.input_names, ctx.needs_input_grad[:n_inputs], strict=True))
-        twins = {name: other for name, other in contract.shared_gradients if needed[name] and needed[other]}
-        needs = [need and name not in twins for name, need in needed.items()]
-        wanted = iter(())
-        outputs = grads[: len(contract.outputs)]
-        if any(grad is not None for grad in outputs):
-            params = [getattr(ctx.params, each) for each in fields]
-            wanted = iter(backward_op(list(outputs), list(ctx.saved_tensors), needs, *params))
-        found = {name: next(wanted, None) if need else None for name, need in zip(needed, needs, strict=True)}
-        return (*[found[twins.get(name, name)] for name in needed], *[None] * len(fields))
-
     _define(name, schema, kernel, fake)
     if not contract.differentiable:
         return None
-    backward_op = _overload(backward_name)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return _eager_autograd(name, _overload(name), setup_context, backward)
+    keep, backward = _autograd(contract, module, backward_op)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        keep(ctx, inputs[:n_inputs], inputs[n_inputs:], output)
+
+    def backward_of_op(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        return (*backward(ctx, *grads), *[None] * len(ctx.values))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_of_op, setup_context=setup_context, lib=_LIBRARY)
+    return _eager_autograd(name, _overload(name), keep, backward)
 
 
-def _eager_autograd(name: str, op: Any, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _autograd(contract: Contract, module: ModuleType, backward_op: Any) -> tuple[Callable, Callable]:
+    """(keep, backward): what a recorded forward keeps in its context, and the gradients of its inputs.
+
+    All that depends on the contract alone is worked out here, once: these run at every call.
+    """
+    n_inputs, n_outputs = len(contract.inputs), len(contract.outputs)
+    names = (*contract.input_names, *contract.outputs, *module.AUXILIARY)
+    places = {each: index for index, each in enumerate(names)}
+    saved = [[places[each] for each in key.split("|")] for key in module.SAVED]
+    always_constant = [each in contract.constants or each in module.AUXILIARY for each in names[n_inputs:]]
+
+    def keep(ctx: Any, tensors: tuple, values: tuple, output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        every = (*tensors, *results)
+        ctx.save_for_backward(*[_first_given([every[place] for place in each]) for each in saved])
+        # an output that does not exist for this call has shape [0]; nothing may flow back from it
+        constants = [
+            result
+            for index, result in enumerate(results)
+            if always_constant[index] or (index < n_outputs and result.shape == (0,) and tensors[0].numel())
+        ]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        ctx.values = values
+
+    @functools.cache
+    def order(needed: tuple[bool, ...]) -> tuple[list[bool], list[int | None]]:
+        """Which gradients are computed, and for each input which of them is its own."""
+        by_name = dict(zip(contract.input_names, needed, strict=True))
+        twins = {name: other for name, other in contract.shared_gradients if by_name[name] and by_name[other]}
+        computed = [name for name in contract.input_names if by_name[name] and name not in twins]
+        index = {name: place for place, name in enumerate(computed)}
+        return [name in index for name in by_name], [index.get(twins.get(name, name)) for name in by_name]
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        outputs = list(grads[:n_outputs])
+        if all(grad is None for grad in outputs):
+            return (None,) * n_inputs
+        needs, of_input = order(tuple(ctx.needs_input_grad[:n_inputs]))
+        found = backward_op(outputs, list(ctx.saved_tensors), needs, *ctx.values)
+        return tuple([None if place is None else found[place] for place in of_input])
+
+    return keep, backward
+
+
+def _eager_autograd(name: str, op: Any, keep: Callable, backward: Callable) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *args: Any) -> Any:
+        *tensors, values = args
         with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
-        setup_context(ctx, args, output)
+            output = op(*tensors, *values)
+        keep(ctx, tensors, values, output)
         return output
 
-    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def backward_of_call(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        return (*backward(ctx, *grads), None)
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_call)}
     return type(name, (torch.autograd.Function,), functions)
 
 
-def _define_backward(contract: Contract, module: ModuleType, name: str, fields: tuple) -> None:
+def _remembering(params: type) -> Callable:
+    """The dataclass, made once for the same values: a frozen one takes microseconds to make."""
+    return functools.lru_cache(maxsize=256, typed=True)(params)
+
+
+def _define_backward(contract: Contract, module: ModuleType, name: str) -> None:
     schema = f"(Tensor?[] grads, Tensor?[] saved, bool[] needs{_params_schema(contract)}) -> Tensor[]"
+    params_of = _remembering(contract.params)
 
     def wanted(needs: list[bool]) -> tuple[str, ...]:
-        return tuple(each for each, need in zip(contract.input_names, needs, strict=True) if need)
+        return tuple([each for each, need in zip(contract.input_names, needs, strict=True) if need])
 
     def kernel(grads: list, saved: list, needs: list[bool], *params: Any) -> list[torch.Tensor]:
-        gradients = module.backward(*grads, *saved, needs=wanted(needs), params=contract.params(*params))
+        gradients = module.backward(*grads, *saved, needs=wanted(needs), params=params_of(*params))
         return list(gradients)
 
     def fake(grads: list, saved: list, needs: list[bool], *values: Any) -> list[torch.Tensor]:
@@ -280,11 +321,16 @@ def _define_in_place(contract: InPlaceContract, module: ModuleType, name: str) -
 
 
 def _pick(named: dict[str, torch.Tensor | None], key: str) -> torch.Tensor | None:
-    *preferred, last = key.split("|")
-    for name in preferred:
-        if named[name] is not None and named[name].numel():
-            return named[name]
-    return named[last]
+    return _first_given([named[name] for name in key.split("|")])
+
+
+def _first_given(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """The first that is there and not empty, else the last."""
+    *preferred, last = tensors
+    for tensor in preferred:
+        if tensor is not None and tensor.numel():
+            return tensor
+    return last
 
 
 def _unwrap(results: tuple[torch.Tensor, ...]) -> Any:
