@@ -143,7 +143,8 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     scale2 = params.softmax_scale * LOG2E
     if params.softcap:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
         scale2 *= 2 / params.softcap
-    key = q.shape, k.shape, q.dtype, q.device, params, n_items, lse.data_ptr() % 16, out_rows.stride(), rows[3].stride()
+    kinds = lse.data_ptr() % 16, out_rows.stride(), rows[3].stride()
+    key = q.shape, k.shape, q.dtype, q.device, params, config, n_items, kinds
     with launch.on_device(q):
         launch.again(
             key, prepare_kernel, (launch.cdiv(total_q, PREPARE_ROWS), heads),

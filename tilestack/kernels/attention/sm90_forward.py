@@ -495,7 +495,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
     sinks_kind = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16)
     with launch.on_device(q):
         launch.again(
-            (q.shape, k.shape, q.dtype, q.device, params, bound, sinks_kind), attention_forward_kernel, (programs,),
+            (q.shape, k.shape, q.dtype, q.device, params, config, bound, sinks_kind), attention_forward_kernel, (programs,),
             *_descriptors(tensors, config, config.D, 128), *_descriptors(tensors, config, config.REST, 2 * config.REST),
             out, lse, sinks, items, schedule, heads, params.window_left, params.window_right,
             scale, inner, cap, heads * head_dim, lse.shape[-1],
