@@ -140,13 +140,20 @@ def wait_for_turn(pointer, turn, num_warps: gl.constexpr, reached=None):
 @gluon.jit
 def pass_turn(pointer, num_warps: gl.constexpr):
     """Add 1 to the counter in global memory, after all that the caller's threads and their TMA have written."""
-    _for_each_thread("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,l,r", pointer, 0, num_warps)
-    thread_barrier()  # the release below then covers what the other threads have written
-    _for_each_thread(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; rem.u32 t, t, $2; setp.eq.u32 p, t, 0; "
-        "@p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
-        "=r,l,r", pointer, 32 * num_warps, num_warps,
-    )  # fmt: skip
+    if num_warps == 1:  # in one piece: more of them, and ptxas no longer sees what is the same in every lane
+        _for_each_thread(
+            "{ .reg .pred p; .reg .b32 t; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 t, %laneid; "
+            "setp.eq.u32 p, t, 0; @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
+            "=r,l,r", pointer, 0, 1,
+        )  # fmt: skip
+    else:
+        _for_each_thread("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,l,r", pointer, 0, num_warps)
+        thread_barrier()  # the release below then covers what the other threads have written
+        _for_each_thread(
+            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; rem.u32 t, t, $2; setp.eq.u32 p, t, 0; "
+            "@p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
+            "=r,l,r", pointer, 32 * num_warps, num_warps,
+        )  # fmt: skip
 
 
 @gluon.jit

@@ -90,8 +90,7 @@ def key_item(items, n_columns, section, left, right, HEADS: gl.constexpr, GROUP:
     column = begun * section + rest - n * section
     rising = n >= 0
     if DETERMINISTIC:
-        behind = gl.load(items) - (pid // n_columns - in_document + n_blocks)  # items' blocks of later documents
-        rising = (behind > 0) | (begun * section + section < n_columns)
+        rising = (pid // n_columns - in_document + n_blocks < gl.load(items)) | (begun * section + section < n_columns)
         n = gl.where(rising, n_blocks - 1 - n, n)
     kv_head = column // (GROUP // HEADS)
     head = column * HEADS
@@ -111,8 +110,7 @@ def query_block(it, low, high, rising):
     """Iteration `it` of an item as (its query head among the item's, block of queries)."""
     steps = gl.maximum(high - low, 1)
     g = it // steps
-    begin, _, step = walk(low, high, rising)
-    return g, begin + (it - g * steps) * step
+    return g, gl.where(rising, low + it - g * steps, high - 1 - (it - g * steps))
 
 
 @gluon.jit
@@ -187,51 +185,58 @@ def add_dq(desc, tail_desc, buffer, tail_buffer, row, D: gl.constexpr, TAIL: gl.
 
 
 @gluon.jit
-def item_turn(m, n, n_k, n_q, left, right, rising, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """How many items add to block m of the queries before the item of block n of the keys."""
-    if rising:
-        last = (n_k + BLOCK_N - 1) // BLOCK_N - 1  # block of keys that sees the queries
-        if HAS_RIGHT:
-            last = gl.minimum(last, (m * BLOCK_M + BLOCK_M - 1 + n_k - n_q + right) // BLOCK_N)
-        turn = last - n
-    else:
-        turn = n
-        if HAS_LEFT:
-            turn = n - gl.maximum(m * BLOCK_M + n_k - n_q - left, 0) // BLOCK_N
-    return turn
+def dq_turn(it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr,
+            HAS_RIGHT: gl.constexpr):  # fmt: skip
+    """Of iteration `it`: the counter of the turns of its block of dQ, the item's turn, the block's row in the sum."""
+    g, m = query_block(it, low, high, rising)
+    first = n * 0  # blocks of keys that see the queries
+    last = (n_k + BLOCK_N - 1) // BLOCK_N - 1
+    if HAS_LEFT:
+        first = gl.maximum(m * BLOCK_M + n_k - n_q - left, 0) // BLOCK_N
+    if HAS_RIGHT:
+        last = gl.minimum(last, (m * BLOCK_M + BLOCK_M - 1 + n_k - n_q + right) // BLOCK_N)
+    counter = turns + ((head + g) * n_q_blocks + first_block + m)
+    return counter, gl.where(rising, last - n, n - first), (head + g) * total_q + row_q + m * BLOCK_M
 
 
 @gluon.jit
-def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, item, n_q_blocks, total_q, left, right,
-              HEADS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, TAIL: gl.constexpr,
-              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """Adds the consumers' blocks of dQ to global memory, each in its turn."""
-    _, n_k, row_q, n_q, first_block, n, _, head, low, high, rising, _ = item
+def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks, total_q,
+              left, right, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+              D: gl.constexpr, TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+    """Adds the consumers' blocks of dQ to global memory, each in its turn.
+
+    ptxas sees that its numbers are the same in every lane, which takes none of the few registers of a thread: so they
+    are worked out again rather than carried."""
+    _, n_k, row_q, n_q, first_block, n, _, head, low, high, rising, _ = key_item(
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, True
+    )
     total = (high - low) * HEADS
-    begin, end, step = walk(low, high, rising)
-    counters = turns + (head * n_q_blocks + first_block)
-    rows = head * total_q + row_q
-    m = begin
     if total > 0:
         barrier_arrive(DQ_FREE + 0 * total, "288", 1)
-        turn = item_turn(m, n, n_k, n_q, left, right, rising, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-        wait_for_turn(counters + m, turn, 1)
+        counter, turn, _ = dq_turn(
+            0, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
+        wait_for_turn(counter, turn, 1)
     for it in range(total):
+        counter, _, row = dq_turn(
+            it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
         barrier_sync(DQ_FULL + 0 * it, "288", 1)
-        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, rows + m * BLOCK_M, D, TAIL)
+        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row, D, TAIL)
+        following, turn, _ = dq_turn(
+            gl.minimum(it + 1, total - 1),
+            turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
+        reached = read_turn(following, 1)
         tma.store_wait(0)
         barrier_arrive(DQ_FREE + 0 * it, "288", 1)
-        counter = counters + m
-        turns_around = (m == end) & (it + 1 < total)  # to the next head; after the last block there is nothing to go to
-        counters = gl.where(turns_around, counters + n_q_blocks, counters)
-        rows = gl.where(turns_around, rows + total_q, rows)
-        m = gl.where(turns_around, begin, gl.where(m == end, m, m + step))
-        reached = read_turn(counters + m, 1)
         pass_turn(counter, 1)
         if it + 1 < total:
-            turn = item_turn(m, n, n_k, n_q, left, right, rising, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT)
-            wait_for_turn(counters + m, turn, 1, reached)
+            wait_for_turn(following, turn, 1, reached)
 
 
 @gluon.jit
@@ -336,7 +341,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     stage = 0
     phase = 0
     if DETERMINISTIC:
-        begin, end, _ = walk(low, high, rising)
+        begin, end, step = walk(low, high, rising)
     _, m = query_block(0, low, high, rising)
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
@@ -469,7 +474,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             barrier_arrive(Q_FREE + stage, "288", 8)
         # the next block: `query_block` divides
         if DETERMINISTIC:
-            m = gl.where(m == end, begin, gl.where(begin < end, m + 1, m - 1))  # a step kept would take a register
+            m = gl.where(m == end, begin, m + step)
         else:
             m = m + 1
             head = gl.where(m == high, head + 1, head)
@@ -565,9 +570,6 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
         mbarrier.init(do_full.index(i), count=33)
     # the compiler wants each partition's arguments spelled out in the call
     if DETERMINISTIC:
-        item = key_item(
-            items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, True
-        )
         gl.warp_specialize([
             (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
                          q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
@@ -580,8 +582,8 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
                         lse_s, delta_s,
                         kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
                         HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
-            (dq_writer, (dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, item, n_q_blocks, total_q, left, right,
-                         HEADS, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
+            (dq_writer, (dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks,
+                         total_q, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
