@@ -35,8 +35,10 @@ class Case:
 
 
 CASES = {  # what test_attention_sm90.py has not
-    "deterministic, causal": Case(300, 300, deterministic=True),
-    "deterministic, window": Case(300, 420, 2, window=(70, 20), deterministic=True),
+    # two documents: items of the last section go the other way
+    "deterministic, causal": Case(300, 300, batch=2, deterministic=True),
+    "deterministic, window": Case(300, 420, 2, window=(70, 20), batch=2, deterministic=True),
+    "deterministic, every key": Case(130, 300, 2, window=(-1, -1), batch=2, deterministic=True),
     "deterministic, packed, D = 128": Case(530, 431, 2, 1, 128, batch=None, offsets=OFFSETS, deterministic=True),
     "soft cap": Case(200, 300, 2, softcap=1.5),
     "sinks": Case(200, 300, 4, batch=2, sinks=True),
@@ -162,8 +164,8 @@ BUGS = {  # a case, and (lines of the source, what they become) ...
     "the buffer of dQ is not waited for": (
         dataclasses.replace(PLAIN, deterministic=True),
         (
-            """                if it > 0:\n                    barrier_sync(DQ_FREE + zero, "288", 8)\n""",
-            "                pass\n",
+            """                barrier_sync(DQ_FREE + zero, "288", 8)  # the previous dQ has left""",
+            "                pass  # the previous dQ has left",
         ),
     ),
     "dQ is overwritten before it has left": (
@@ -183,11 +185,19 @@ BUGS = {  # a case, and (lines of the source, what they become) ...
     ),
     "the turn is kept": (
         dataclasses.replace(PLAIN, deterministic=True),
-        ("        pass_turn(turn, 1)\n", ""),
+        ("        pass_turn(counter, 1)\n", ""),
     ),
-    "the turn is counted from the wrong item": (
+    "the turn is counted from the wrong first item": (
         Case(300, 420, 2, window=(70, 20), deterministic=True),
         ("gl.maximum(m * BLOCK_M + n_k - n_q - left, 0)", "gl.maximum(m * BLOCK_M - left, 0)"),
+    ),
+    "the turn is counted from the wrong last item": (
+        Case(300, 420, 2, window=(-1, 20), batch=2, deterministic=True),
+        ("m * BLOCK_M + BLOCK_M - 1 + n_k - n_q + right", "m * BLOCK_M + n_k - n_q + right"),
+    ),
+    "all items start with the earliest keys": (
+        dataclasses.replace(PLAIN, batch=2, deterministic=True),
+        ("        n = gl.where(rising, n_blocks - 1 - n, n)\n", ""),
     ),
 }
 

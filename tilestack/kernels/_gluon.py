@@ -42,6 +42,7 @@ __all__ = [
     "partial_row_max",
     "partial_row_sums",
     "pass_turn",
+    "read_turn",
     "reciprocal",
     "reduce_add",
     "round_to_bf16",
@@ -109,25 +110,50 @@ def _for_each_thread(code: gl.constexpr, constraints: gl.constexpr, pointer, num
 
 
 @gluon.jit
-def wait_for_turn(pointer, turn, num_warps: gl.constexpr):
-    """Wait until the counter in global memory has reached `turn`; then what was written before is seen."""
-    _for_each_thread(
-        "{ .reg .pred p; .reg .b32 t; again: ld.acquire.gpu.global.b32 t, [$1]; setp.ne.b32 p, t, $2; "
-        "@p bra again; mov.b32 $0, t; }",
-        "=r,l,r", pointer, turn, num_warps,
+def read_turn(pointer, num_warps: gl.constexpr):
+    """What a counter in global memory has reached, as each thread reads it; does not wait for the answer."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    pointers = gl.full([num_warps * 32], 0, gl.int64, layout) + gl.cast(pointer, gl.int64)
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [pointers], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_turn(pointer, turn, num_warps: gl.constexpr, reached=None):
+    """Wait until the counter in global memory is at `turn`; then what was written before is seen.
+
+    reached: what read_turn gave, if it was asked.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    pointers = gl.full([num_warps * 32], 0, gl.int64, layout) + gl.cast(pointer, gl.int64)
+    numbers = gl.full([num_warps * 32], 0, gl.int32, layout) + turn
+    if reached is None:
+        reached = gl.full([num_warps * 32], -1, gl.int32, layout)
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .b32 t; mov.b32 t, $3; bra check; again: ld.acquire.gpu.global.b32 t, [$1]; "
+        "check: setp.ne.b32 p, t, $2; @p bra again; mov.b32 $0, t; }",
+        "=r,l,r,r", [pointers, numbers, reached], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
 @gluon.jit
 def pass_turn(pointer, num_warps: gl.constexpr):
     """Add 1 to the counter in global memory, after all that the caller's threads and their TMA have written."""
-    _for_each_thread("cp.async.bulk.wait_group 0; fence.acq_rel.gpu; mov.b32 $0, 0;", "=r,l,r", pointer, 0, num_warps)
-    thread_barrier()
-    _for_each_thread(
-        "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; rem.u32 t, t, $2; setp.eq.u32 p, t, 0; "
-        "@p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
-        "=r,l,r", pointer, 32 * num_warps, num_warps,
-    )  # fmt: skip
+    if num_warps == 1:  # in one piece: more of them, and ptxas no longer sees what is the same in every lane
+        _for_each_thread(
+            "{ .reg .pred p; .reg .b32 t; cp.async.bulk.wait_group 0; bar.warp.sync 0xffffffff; mov.u32 t, %laneid; "
+            "setp.eq.u32 p, t, 0; @p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
+            "=r,l,r", pointer, 0, 1,
+        )  # fmt: skip
+    else:
+        _for_each_thread("cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,l,r", pointer, 0, num_warps)
+        thread_barrier()  # the release below then covers what the other threads have written
+        _for_each_thread(
+            "{ .reg .pred p; .reg .b32 t; mov.u32 t, %tid.x; rem.u32 t, t, $2; setp.eq.u32 p, t, 0; "
+            "@p red.release.gpu.global.add.u32 [$1], 1; mov.b32 $0, 0; }",
+            "=r,l,r", pointer, 32 * num_warps, num_warps,
+        )  # fmt: skip
 
 
 @gluon.jit

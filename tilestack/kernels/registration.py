@@ -26,8 +26,9 @@ and become one custom op, tilestack::<op>_<suffix>.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -68,7 +69,7 @@ class Contract:
     constants: tuple[str, ...] = ()
     shared_gradients: tuple[tuple[str, str], ...] = ()
 
-    @property
+    @functools.cached_property
     def input_names(self) -> tuple[str, ...]:
         return tuple(name.rstrip("?") for name in self.inputs)
 
@@ -91,7 +92,7 @@ class InPlaceContract:
     mutates: tuple[str, ...]
     params: type
 
-    @property
+    @functools.cached_property
     def input_names(self) -> tuple[str, ...]:
         return tuple(name.rstrip("?") for name in self.inputs)
 
@@ -114,12 +115,12 @@ class Registered:
         self, tensors: tuple[torch.Tensor | None, ...], params: Any, needs_grad: bool
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run it. needs_grad: autograd must record the call."""
-        args = (*tensors, *[getattr(params, name) for name in self.params_fields])
+        values = [getattr(params, name) for name in self.params_fields]
         # The autograd that torch puts around a custom op takes 200 microseconds a call. Ours stands outside of the op,
         # with the same functions; what traces the op itself finds torch's.
         if not needs_grad or self.eager is None or is_compiling():
-            return self.forward_op(*args)
-        return self.eager.apply(*args)
+            return self.forward_op(*tensors, *values)
+        return self.eager.apply(*tensors, values)
 
     def backward(
         self,
@@ -145,9 +146,11 @@ def register(contract: Contract | InPlaceContract, suffix: str, module_path: str
     backward_name = f"{contract.op}_backward_{suffix}"
     backward_op = None
     if contract.differentiable:
-        _define_backward(contract, module, backward_name, fields)
+        run_backward = _define_backward(contract, module, backward_name)
         backward_op = _overload(backward_name)
-    eager = _define_forward(contract, module, forward_name, backward_name, fields)
+        eager = _define_forward(contract, module, forward_name, backward_op, run_backward)
+    else:
+        eager = _define_forward(contract, module, forward_name)
     return Registered(module, _overload(forward_name), fields, eager, backward_op)
 
 
@@ -167,81 +170,139 @@ def _define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
 
 
 def _define_forward(
-    contract: Contract, module: ModuleType, name: str, backward_name: str, fields: tuple
+    contract: Contract, module: ModuleType, name: str, backward_op: Any = None, run_backward: Callable | None = None
 ) -> type[torch.autograd.Function] | None:
     """Defines the forward op; returns its autograd for eager calls, None where nothing is differentiable."""
     n_inputs = len(contract.inputs)
     n_results = len(contract.outputs) + len(module.AUXILIARY)
     arguments = ", ".join(f"Tensor{'?' if n.endswith('?') else ''} {n.rstrip('?')}" for n in contract.inputs)
     schema = f"({arguments}{_params_schema(contract)}) -> ({', '.join(['Tensor'] * n_results)})"
-
-    def split(args: tuple) -> tuple[tuple, Any]:
-        return args[:n_inputs], contract.params(*args[n_inputs:])
+    params_of = _remembering(contract.params)
 
     def kernel(*args: Any) -> Any:
-        inputs, params = split(args)
-        return _unwrap(module.forward(*inputs, params))
+        return _unwrap(module.forward(*args[:n_inputs], params_of(*args[n_inputs:])))
 
     def fake(*args: Any) -> Any:
-        inputs, params = split(args)
+        inputs, params = args[:n_inputs], contract.params(*args[n_inputs:])  # values may be symbols
         results = contract.fake(*inputs, params)
         if module.AUXILIARY:
             results = (*results, *module.fake_auxiliary(*inputs, params))
         return _unwrap(results)
 
-    result_names = (*contract.outputs, *module.AUXILIARY)
-
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        tensors, ctx.params = split(inputs)
-        results = output if isinstance(output, tuple) else (output,)
-        named = dict(zip(contract.input_names, tensors, strict=True))
-        named.update(zip(result_names, results, strict=True))
-        ctx.save_for_backward(*[_pick(named, each) for each in module.SAVED])
-        # an output that does not exist for this call has shape [0]; nothing may flow back from it
-        absent = [each for each in contract.outputs if named[each].shape == (0,) and tensors[0].numel()]
-        constants = {*contract.constants, *module.AUXILIARY, *absent}
-        ctx.mark_non_differentiable(*[named[each] for each in result_names if each in constants])
-        ctx.set_materialize_grads(False)
-
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        needed = dict(zip(contract.input_names, ctx.needs_input_grad[:n_inputs], strict=True))
-        twins = {name: other for name, other in contract.shared_gradients if needed[name] and needed[other]}
-        needs = [need and name not in twins for name, need in needed.items()]
-        wanted = iter(())
-        outputs = grads[: len(contract.outputs)]
-        if any(grad is not None for grad in outputs):
-            params = [getattr(ctx.params, each) for each in fields]
-            wanted = iter(backward_op(list(outputs), list(ctx.saved_tensors), needs, *params))
-        found = {name: next(wanted, None) if need else None for name, need in zip(needed, needs, strict=True)}
-        return (*[found[twins.get(name, name)] for name in needed], *[None] * len(fields))
-
     _define(name, schema, kernel, fake)
     if not contract.differentiable:
         return None
-    backward_op = _overload(backward_name)
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
-    return _eager_autograd(name, _overload(name), setup_context, backward)
+    keep, backward = _autograd(contract, module, backward_op, run_backward)
+
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        keep(ctx, inputs[:n_inputs], inputs[n_inputs:], output)
+
+    def backward_of_op(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        return (*backward(ctx, *grads), *[None] * len(ctx.values))
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_of_op, setup_context=setup_context, lib=_LIBRARY)
+    return _eager_autograd(name, _overload(name), kernel, keep, backward)
 
 
-def _eager_autograd(name: str, op: Any, setup_context: Callable, backward: Callable) -> type[torch.autograd.Function]:
+def _autograd(
+    contract: Contract, module: ModuleType, backward_op: Any, run_backward: Callable
+) -> tuple[Callable, Callable]:
+    """(keep, backward): what a recorded forward keeps in its context, and the gradients of its inputs.
+
+    All that depends on the contract alone is worked out here, once: these run at every call.
+    """
+    n_inputs, n_outputs = len(contract.inputs), len(contract.outputs)
+    names = (*contract.input_names, *contract.outputs, *module.AUXILIARY)
+    places = {each: index for index, each in enumerate(names)}
+    saved = [[places[each] for each in key.split("|")] for key in module.SAVED]
+    always_constant = [each in contract.constants or each in module.AUXILIARY for each in names[n_inputs:]]
+
+    def keep(ctx: Any, tensors: tuple, values: tuple, output: Any) -> None:
+        results = output if isinstance(output, tuple) else (output,)
+        every = (*tensors, *results)
+        ctx.save_for_backward(*[_first_given([every[place] for place in each]) for each in saved])
+        # an output that does not exist for this call has shape [0]; nothing may flow back from it
+        constants = [
+            result
+            for index, result in enumerate(results)
+            if always_constant[index] or (index < n_outputs and result.shape == (0,) and tensors[0].numel())
+        ]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        ctx.values = values
+
+    @functools.cache
+    def order(needed: tuple[bool, ...]) -> tuple[list[bool], list[int | None]]:
+        """Which gradients are computed, and for each input which of them is its own."""
+        by_name = dict(zip(contract.input_names, needed, strict=True))
+        twins = {name: other for name, other in contract.shared_gradients if by_name[name] and by_name[other]}
+        computed = [name for name in contract.input_names if by_name[name] and name not in twins]
+        index = {name: place for place, name in enumerate(computed)}
+        return [name in index for name in by_name], [index.get(twins.get(name, name)) for name in by_name]
+
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        outputs = list(grads[:n_outputs])
+        if all(grad is None for grad in outputs):
+            return (None,) * n_inputs
+        needs, of_input = order(tuple(ctx.needs_input_grad[:n_inputs]))
+        saved_tensors = list(ctx.saved_tensors)
+        run = run_backward if _nobody_looks((*outputs, *saved_tensors)) else backward_op
+        found = run(outputs, saved_tensors, needs, *ctx.values)
+        return tuple([None if place is None else found[place] for place in of_input])
+
+    return keep, backward
+
+
+def _eager_autograd(
+    name: str, op: Any, run: Callable, keep: Callable, backward: Callable
+) -> type[torch.autograd.Function]:
     def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = op(*args)
-        setup_context(ctx, args, output)
+        *tensors, values = args
+        if _nobody_looks(tensors):
+            output = run(*tensors, *values)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = op(*tensors, *values)
+        keep(ctx, tensors, values, output)
         return output
 
-    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    def backward_of_call(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+        return (*backward(ctx, *grads), None)
+
+    functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_call)}
     return type(name, (torch.autograd.Function,), functions)
 
 
-def _define_backward(contract: Contract, module: ModuleType, name: str, fields: tuple) -> None:
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _nobody_looks(tensors: Sequence[torch.Tensor | None]) -> bool:
+    """Whether an op would be seen by nobody: no profiler, no mode of torch, no tensor of another class, no second
+    derivative. Then what is in the op is called without torch's dispatcher, which saves its time."""
+    return not (
+        torch.is_grad_enabled()
+        or torch.autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or [each for each in tensors if each is not None and type(each) not in _PLAIN]
+    )
+
+
+def _remembering(params: type) -> Callable:
+    """The dataclass, made once for the same values: a frozen one takes microseconds to make."""
+    return functools.lru_cache(maxsize=256, typed=True)(params)
+
+
+def _define_backward(contract: Contract, module: ModuleType, name: str) -> Callable:
+    """Defines the backward op; returns what it runs."""
     schema = f"(Tensor?[] grads, Tensor?[] saved, bool[] needs{_params_schema(contract)}) -> Tensor[]"
+    params_of = _remembering(contract.params)
 
     def wanted(needs: list[bool]) -> tuple[str, ...]:
-        return tuple(each for each, need in zip(contract.input_names, needs, strict=True) if need)
+        return tuple([each for each, need in zip(contract.input_names, needs, strict=True) if need])
 
     def kernel(grads: list, saved: list, needs: list[bool], *params: Any) -> list[torch.Tensor]:
-        gradients = module.backward(*grads, *saved, needs=wanted(needs), params=contract.params(*params))
+        gradients = module.backward(*grads, *saved, needs=wanted(needs), params=params_of(*params))
         return list(gradients)
 
     def fake(grads: list, saved: list, needs: list[bool], *values: Any) -> list[torch.Tensor]:
@@ -253,6 +314,7 @@ def _define_backward(contract: Contract, module: ModuleType, name: str, fields: 
         return [each.new_empty(each.shape, dtype=dtypes.get(name, each.dtype)) for name, each in templates.items()]
 
     _define(name, schema, kernel, fake)
+    return kernel
 
 
 def _define_in_place(contract: InPlaceContract, module: ModuleType, name: str) -> None:
@@ -280,11 +342,16 @@ def _define_in_place(contract: InPlaceContract, module: ModuleType, name: str) -
 
 
 def _pick(named: dict[str, torch.Tensor | None], key: str) -> torch.Tensor | None:
-    *preferred, last = key.split("|")
-    for name in preferred:
-        if named[name] is not None and named[name].numel():
-            return named[name]
-    return named[last]
+    return _first_given([named[name] for name in key.split("|")])
+
+
+def _first_given(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """The first that is there and not empty, else the last."""
+    *preferred, last = tensors
+    for tensor in preferred:
+        if tensor is not None and tensor.numel():
+            return tensor
+    return last
 
 
 def _unwrap(results: tuple[torch.Tensor, ...]) -> Any:

@@ -404,9 +404,13 @@ class Emulator:
     def reduce_add(self, pointers: Pointer, values: torch.Tensor, num_warps: int) -> None:
         pointers.memory.index_put_((pointers.offset,), values, accumulate=True)
 
-    def wait_for_turn(self, pointer: Pointer, turn: int, num_warps: int) -> None:
+    def wait_for_turn(self, pointer: Pointer, turn: int, num_warps: int, reached: int = -1) -> None:
         memory, offset = pointer.memory, int(pointer.offset)
-        self.scheduler.wait(lambda: memory[offset] == int(turn), f"turn {turn}")
+        if reached != int(turn):
+            self.scheduler.wait(lambda: memory[offset] == int(turn), f"turn {turn}")
+
+    def read_turn(self, pointer: Pointer, num_warps: int) -> int:
+        return int(pointer.memory[int(pointer.offset)])
 
     def pass_turn(self, pointer: Pointer, num_warps: int) -> None:
         self.store_wait(0)
@@ -508,6 +512,7 @@ class Emulator:
             _gluon.widen: lambda x, dtype: x.float(),
             _gluon.reduce_add: self.reduce_add,
             _gluon.wait_for_turn: self.wait_for_turn,
+            _gluon.read_turn: self.read_turn,
             _gluon.pass_turn: self.pass_turn,
             _gluon.reciprocal: lambda x: 1 / x,
             _gluon.partial_row_max: lambda x: x.reshape(x.shape[0], -1, 8).amax(1),

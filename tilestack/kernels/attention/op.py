@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_compiling
 
 from tilestack.kernels import checks
 from tilestack.kernels.attention.dropout import draw_seed
@@ -173,6 +174,48 @@ def _prepare(
     deterministic=False,
 ) -> tuple[tuple[torch.Tensor | None, ...], AttentionParams]:  # fmt: skip
     """Check the arguments of `attention`; the op's tensors and parameters."""
+    optional = (cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed)
+    numbers = (causal, softmax_scale, window_size, max_seqlen_q, max_seqlen_k, softcap, dropout_p, deterministic)
+    key = _seen_by_checks((q, k, v, *optional), numbers)
+    params = _CHECKED.get(key)
+    if params is None:
+        params = _checked(q, k, v, *optional, *numbers)
+        if key is not None:
+            if len(_CHECKED) >= _MOST_CHECKED:
+                _CHECKED.clear()
+            _CHECKED[key] = params
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.detach()
+    if not dropout_p:
+        dropout_seed = None
+    elif dropout_seed is None:
+        dropout_seed = draw_seed(q.device)
+    optional = (cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed)
+    return (q, k, v, *[None if each is None else each.contiguous() for each in optional]), params
+
+
+_CHECKED: dict[tuple | None, AttentionParams] = {}  # arguments that were right, and what they mean
+_MOST_CHECKED = 4096  # packed batches have new shapes at each step
+
+
+def _seen_by_checks(tensors: tuple, numbers: tuple) -> tuple | None:
+    """All that the checks look at, so that they need not look again; None where that cannot be kept."""
+    window_size = numbers[2]
+    if is_compiling() or type(window_size) is not tuple:
+        return None
+    try:
+        kinds = [None if each is None else (type(each), each.shape, each.dtype, each.device) for each in tensors]
+        key = (*kinds, *numbers, *map(type, numbers), *map(type, window_size))  # 1, 1.0 and True are equal keys
+        hash(key)
+    except (AttributeError, TypeError):  # not a tensor, or not a number
+        return None
+    return key
+
+
+def _checked(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed,
+    causal, softmax_scale, window_size, max_seqlen_q, max_seqlen_k, softcap, dropout_p, deterministic,
+) -> AttentionParams:  # fmt: skip
     optional = {
         "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "sinks": sinks, "alibi_slopes": alibi_slopes,
         "dropout_seed": dropout_seed,
@@ -185,7 +228,7 @@ def _prepare(
     _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes)
     _check_dropout(q, dropout_p, dropout_seed)
     left, right = _window(window_size, causal)
-    params = AttentionParams(
+    return AttentionParams(
         softmax_scale=_scale(softmax_scale, q.shape[-1]),
         causal=right == 0,
         window_left=left,
@@ -196,12 +239,6 @@ def _prepare(
         softcap=float(softcap),
         dropout_p=float(dropout_p),
     )
-    optional["alibi_slopes"] = None if alibi_slopes is None else alibi_slopes.detach()
-    if not dropout_p:
-        optional["dropout_seed"] = None
-    elif dropout_seed is None:
-        optional["dropout_seed"] = draw_seed(q.device)
-    return (q, k, v, *[None if each is None else each.contiguous() for each in optional.values()]), params
 
 
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

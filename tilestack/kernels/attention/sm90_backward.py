@@ -103,7 +103,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, out, lse, *
 
 def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     """dq, dk, dv, and delta [Hq, queries]."""
-    dq, dk, dv = (torch.empty(each.shape, dtype=each.dtype, device=each.device) for each in (q, k, v))
+    dq, dk, dv = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (q, k, v)]
     heads, head_dim = q.shape[-2:]
     kv_heads = k.shape[-2]
     group = heads // kv_heads
@@ -143,13 +143,17 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     scale2 = params.softmax_scale * LOG2E
     if params.softcap:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
         scale2 *= 2 / params.softcap
+    kinds = lse.data_ptr() % 16, out_rows.stride(), rows[3].stride()
+    key = q.shape, k.shape, q.dtype, q.device, params, config, n_items, kinds
     with launch.on_device(q):
-        prepare_kernel[(launch.cdiv(total_q, PREPARE_ROWS), heads)](
+        launch.again(
+            key, prepare_kernel, (launch.cdiv(total_q, PREPARE_ROWS), heads),
             out_rows, rows[3], lse, lse2, delta, sums, out_rows.stride(0), rows[3].stride(0),
             total_q, length, sums.numel(), D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=PREPARE_ROWS,
             num_warps=4,
         )  # fmt: skip
-        attention_backward_kernel[(n_items * n_columns,)](
+        launch.again(
+            key, attention_backward_kernel, (n_items * n_columns,),
             *descs, *tail_descs, lse2, delta, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
             dq_sum, dk_sum, dv_sum, turns, items, n_columns,
             backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q, total_k,
@@ -159,7 +163,8 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
             DETERMINISTIC=params.deterministic, num_warps=8,
         )  # fmt: skip
         n_dq, n_dkv = launch.cdiv(total_q, FINISH_ROWS) * heads, launch.cdiv(total_k, FINISH_ROWS) * kv_heads
-        finish_kernel[(n_dq + (2 * n_dkv if group > config.HEADS else 0),)](
+        launch.again(
+            key, finish_kernel, (n_dq + (2 * n_dkv if group > config.HEADS else 0),),
             dq_sum, dk_sum, dv_sum, dq, dk, dv, heads, kv_heads, total_q, total_k, params.softmax_scale, n_dq, n_dkv,
             D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=FINISH_ROWS,
             DQ_COLUMNS=32 if config.DQ_SHARED else 16, num_warps=4,

@@ -21,9 +21,12 @@ and dV in registers and walks over the query blocks that see its keys:
   shared memory is left (DQ_SHARED), straight from the registers, 16 bytes at once. `finish_kernel` rounds it. Where the
   query heads of a key head are spread over several items, dK and dV are added from the registers too. Additions from
   several items come in any order: the last bits may differ from run to run.
-* DETERMINISTIC: items of earlier keys add first, and all walk from the last query to the first, so that each finds its
-  turn one block behind the item before it; nobody waits for an item that starts later. One more warp waits for the turn
-  and adds dQ, so that the consumers need not wait.
+* DETERMINISTIC: the items that see a block of queries add to it in turn. Items of later keys start and add first, and
+  each walks from its first query to the last: under a causal mask it meets a block of queries BLOCK_N / BLOCK_M blocks
+  after the item before it, which has added its part by then. These are the shortest items first, so the last section
+  goes the other way round, lest the longest end alone: items of earlier keys first, from the last query to the first.
+  Nobody waits for an item that starts later. One more warp waits for the turn and adds dQ in the consumers' stead; it
+  looks for the next turn while the block that it adds is on its way.
 * Head dimensions 96 and 192 are tiles of 64 + 32 and 128 + 64 columns (D + TAIL).
 * Items go in sections whose Q, dO and dQ fit into L2 together, and longest first within a section.
 
@@ -42,6 +45,7 @@ from tilestack.kernels._gluon import (
     mbarrier,
     narrow,
     pass_turn,
+    read_turn,
     reciprocal,
     reduce_add,
     thread_barrier,
@@ -63,9 +67,11 @@ DQ_FREE = gl.constexpr(15)
 
 @gluon.jit
 def key_item(items, n_columns, section, left, right, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr,
-             BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
+             BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+             DETERMINISTIC: gl.constexpr):  # fmt: skip
     """This program's item: (its document's first key row, keys, first query row, queries, first query block; the item's
-    block of keys, its key head, its first query head, its query blocks [low, high), its own index over the documents).
+    block of keys, its key head, its first query head, its query blocks [low, high), whether it walks from low to high,
+    its own index over the documents).
 
     A document's items are its blocks of keys times n_columns (key heads times GROUP / HEADS), section by section."""
     pid = gl.program_id(0)
@@ -82,6 +88,10 @@ def key_item(items, n_columns, section, left, right, HEADS: gl.constexpr, GROUP:
     rest = rest - begun * n_blocks * section
     n = rest // section
     column = begun * section + rest - n * section
+    rising = n >= 0
+    if DETERMINISTIC:
+        rising = (pid // n_columns - in_document + n_blocks < gl.load(items)) | (begun * section + section < n_columns)
+        n = gl.where(rising, n_blocks - 1 - n, n)
     kv_head = column // (GROUP // HEADS)
     head = column * HEADS
     shift = n_k - n_q  # a query's own position among the keys is its index plus this
@@ -92,18 +102,21 @@ def key_item(items, n_columns, section, left, right, HEADS: gl.constexpr, GROUP:
     if HAS_LEFT:
         high = gl.minimum(high, (gl.maximum(n * BLOCK_N + BLOCK_N + left - shift, 0) + BLOCK_M - 1) // BLOCK_M)
     index = pid // n_columns - in_document + n
-    return row_k, n_k, row_q, n_q, first_block, n, kv_head, head, low, gl.maximum(high, low), index
+    return row_k, n_k, row_q, n_q, first_block, n, kv_head, head, low, gl.maximum(high, low), rising, index
 
 
 @gluon.jit
-def query_block(it, low, high, DETERMINISTIC: gl.constexpr):
+def query_block(it, low, high, rising):
     """Iteration `it` of an item as (its query head among the item's, block of queries)."""
     steps = gl.maximum(high - low, 1)
     g = it // steps
-    if DETERMINISTIC:
-        return g, high - 1 - (it - g * steps)
-    else:
-        return g, low + it - g * steps
+    return g, gl.where(rising, low + it - g * steps, high - 1 - (it - g * steps))
+
+
+@gluon.jit
+def walk(low, high, rising):
+    """(first, last, step) of an item's way over its query blocks [low, high)."""
+    return gl.where(rising, low, high - 1), gl.where(rising, high - 1, low), gl.where(rising, 1, -1)
 
 
 @gluon.jit
@@ -128,8 +141,8 @@ def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_d
              HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
              TAIL: gl.constexpr, STAGES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
              DETERMINISTIC: gl.constexpr):  # fmt: skip
-    row_k, _, row_q, n_q, _, n, kv_head, head, low, high, _ = key_item(
-        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    row_k, _, row_q, n_q, _, n, kv_head, head, low, high, rising, _ = key_item(
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, DETERMINISTIC
     )
     width: gl.constexpr = D + TAIL
     q_bytes: gl.constexpr = BLOCK_M * width * 2
@@ -139,7 +152,7 @@ def producer(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_d
     load_rows(k_desc, k_tail_desc, row, kv_head * width, kv_full, k_s.index(0), k_tail_s.index(0), D, TAIL)
     load_rows(v_desc, v_tail_desc, row, kv_head * width, kv_full, v_s.index(0), v_tail_s.index(0), D, TAIL)
     for it in range(total):
-        g, m = query_block(it, low, high, DETERMINISTIC)
+        g, m = query_block(it, low, high, rising)
         stage = it % STAGES
         row = row_q + m * BLOCK_M
         column = (head + g) * width
@@ -172,25 +185,58 @@ def add_dq(desc, tail_desc, buffer, tail_buffer, row, D: gl.constexpr, TAIL: gl.
 
 
 @gluon.jit
+def dq_turn(it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr,
+            HAS_RIGHT: gl.constexpr):  # fmt: skip
+    """Of iteration `it`: the counter of the turns of its block of dQ, the item's turn, the block's row in the sum."""
+    g, m = query_block(it, low, high, rising)
+    first = n * 0  # blocks of keys that see the queries
+    last = (n_k + BLOCK_N - 1) // BLOCK_N - 1
+    if HAS_LEFT:
+        first = gl.maximum(m * BLOCK_M + n_k - n_q - left, 0) // BLOCK_N
+    if HAS_RIGHT:
+        last = gl.minimum(last, (m * BLOCK_M + BLOCK_M - 1 + n_k - n_q + right) // BLOCK_N)
+    counter = turns + ((head + g) * n_q_blocks + first_block + m)
+    return counter, gl.where(rising, last - n, n - first), (head + g) * total_q + row_q + m * BLOCK_M
+
+
+@gluon.jit
 def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks, total_q,
               left, right, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
               D: gl.constexpr, TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """Adds the consumers' blocks of dQ to global memory, each in its turn: items of earlier keys first."""
-    _, n_k, row_q, n_q, first_block, n, _, head, low, high, _ = key_item(
-        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    """Adds the consumers' blocks of dQ to global memory, each in its turn.
+
+    ptxas sees that its numbers are the same in every lane, which takes none of the few registers of a thread: so they
+    are worked out again rather than carried."""
+    _, n_k, row_q, n_q, first_block, n, _, head, low, high, rising, _ = key_item(
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, True
     )
-    for it in range((high - low) * HEADS):
-        g, m = query_block(it, low, high, True)
-        first = n * 0  # block of keys that sees the queries
-        if HAS_LEFT:
-            first = gl.maximum(m * BLOCK_M + n_k - n_q - left, 0) // BLOCK_N
-        turn = turns + ((head + g) * n_q_blocks + first_block + m)
+    total = (high - low) * HEADS
+    if total > 0:
+        barrier_arrive(DQ_FREE + 0 * total, "288", 1)
+        counter, turn, _ = dq_turn(
+            0, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
+        wait_for_turn(counter, turn, 1)
+    for it in range(total):
+        counter, _, row = dq_turn(
+            it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
         barrier_sync(DQ_FULL + 0 * it, "288", 1)
-        wait_for_turn(turn, n - first, 1)
-        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, (head + g) * total_q + row_q + m * BLOCK_M, D, TAIL)
+        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row, D, TAIL)
+        following, turn, _ = dq_turn(
+            gl.minimum(it + 1, total - 1),
+            turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+        )  # fmt: skip
+        reached = read_turn(following, 1)
         tma.store_wait(0)
         barrier_arrive(DQ_FREE + 0 * it, "288", 1)
-        pass_turn(turn, 1)
+        pass_turn(counter, 1)
+        if it + 1 < total:
+            wait_for_turn(following, turn, 1, reached)
 
 
 @gluon.jit
@@ -260,8 +306,8 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     dq_first: gl.constexpr = wide == 1 and DQ_SHARED and not CARRY and not TAIL  # dQ leaves before dK is issued
     of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
-    _, n_k, row_q, n_q, _, n, _, head, low, high, _ = key_item(
-        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    _, n_k, row_q, n_q, _, n, _, head, low, high, rising, _ = key_item(
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, DETERMINISTIC
     )
     shift = n_k - n_q
     total = (high - low) * HEADS
@@ -294,7 +340,9 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     masked_below = gl.where(n * BLOCK_N + BLOCK_N > n_k, high, masked_below)
     stage = 0
     phase = 0
-    _, m = query_block(0, low, high, DETERMINISTIC)
+    if DETERMINISTIC:
+        begin, end, step = walk(low, high, rising)
+    _, m = query_block(0, low, high, rising)
     mbarrier.wait(kv_full, 0)
     mbarrier.wait(q_full.index(0), 0, pred=total > 0)
     thread_barrier()
@@ -343,7 +391,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         delta = delta_s.index(stage).load(of_query)
         dp = warpgroup_mma_wait(groups if wide == 1 else 0, deps=[dp_issued])
         ds = narrow(widen(slope, dtype) * (dp - delta[None, :]), dtype)
-        if DETERMINISTIC or not DQ_SHARED:
+        if wide == 2 or not DQ_SHARED:
             thread_barrier()  # both warpgroups have read the previous dS'
         ds_tile.store(ds)
         if wide == 2:
@@ -396,9 +444,8 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         else:
             dq, s = warpgroup_mma_wait(groups, deps=[dq_issued, s_issued])
         if DQ_SHARED:
-            if DETERMINISTIC:  # noqa: SIM102
-                if it > 0:
-                    barrier_sync(DQ_FREE + zero, "288", 8)
+            if DETERMINISTIC:
+                barrier_sync(DQ_FREE + zero, "288", 8)  # the previous dQ has left, and both warpgroups have read dS'
             dq_s.store(in_lines(dq, BLOCK_M, D))
             if TAIL:
                 dq_tail_s.store(in_lines(dq_tail, BLOCK_M, TAIL))
@@ -427,8 +474,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             barrier_arrive(Q_FREE + stage, "288", 8)
         # the next block: `query_block` divides
         if DETERMINISTIC:
-            head = gl.where(m == low, head + 1, head)
-            m = gl.where(m == low, high - 1, m - 1)
+            m = gl.where(m == end, begin, m + step)
         else:
             m = m + 1
             head = gl.where(m == high, head + 1, head)
@@ -448,8 +494,8 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         tma.store_wait(0)
     thread_barrier()
     # read the item again: kept through the loop, its numbers would take registers
-    row_k, n_k, _, _, _, n, kv_head, head, _, _, index = key_item(
-        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT
+    row_k, n_k, _, _, _, n, kv_head, head, _, _, _, index = key_item(
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, DETERMINISTIC
     )
     row = row_k + n * BLOCK_N
     rows_left = n_k - n * BLOCK_N
