@@ -47,8 +47,8 @@ def train(config: Config, resumed: Run | None) -> None:
     shared = (source, tokenizer, config.data, data_rank, data_ranks)
     held_out = held_out_batches(*shared, config.train.eval_micro_batches)
 
-    # MODEL ARCHITECTURES, on OPTIMIZED KERNELS: from_pretrained, or new weights
-    model = build(config, tokenizer)
+    # MODEL ARCHITECTURES, on OPTIMIZED KERNELS: a checkpoint's weights, or new ones; each process takes its part
+    model, weights = build(config, tokenizer)
     learned = parameters(model)
 
     # DISTRIBUTED TRAINING: one process, or deepspeed.initialize
@@ -59,6 +59,7 @@ def train(config: Config, resumed: Run | None) -> None:
         accumulation=config.train.micro_batches // data_ranks,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
+        weights=weights,
     )
     first, position = 0, Position()
     if resumed is not None:

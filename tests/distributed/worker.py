@@ -16,9 +16,9 @@ import torch
 from deepspeed.utils import z3_leaf_module
 
 from distributed.tiny import global_step, micro_batch
-from tilestack import Qwen3MoeForCausalLM
-from tilestack.distributed import DistributedConfig, OptimizerConfig, build_model, make_engine, start
+from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
 from tilestack.distributed.deepspeed_engine import whole_weights
+from tilestack.models import pretrained
 
 STEPS = 5
 MICRO_BATCHES = 4  # in a step, over all ranks
@@ -28,9 +28,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
 def make(folder: Path, distributed: DistributedConfig, dtype=torch.float32, **options):
     world = start(distributed)
     _, data_ranks = distributed.data_ranks(world.rank, world.world_size)
-    with build_model(distributed, dtype):
-        model = Qwen3MoeForCausalLM.from_pretrained(folder / "model", dtype=dtype)
-    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // data_ranks, **options)
+    model, weights = pretrained(folder / "model", dtype)
+    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // data_ranks, weights=weights, **options)
 
 
 def own_share(engine, step: int) -> list[dict]:

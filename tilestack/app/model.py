@@ -10,31 +10,22 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Q
 from tilestack import Qwen3MoeForCausalLM
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
-from tilestack.distributed import build_model
+from tilestack.models import Weights, drawn, pretrained
 from tilestack.models.loading import MODEL_TYPE, check_folder
 
 
-def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model, with weights of the checkpoint or drawn from train.seed. Raises UserError if it cannot be.
+def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Qwen3MoeForCausalLM, Weights]:
+    """The model on the meta device, and its weights: of the checkpoint, or drawn from train.seed.
 
-    A new model is drawn whole on every rank, also under ZeRO-3, which cuts it up afterwards: so its weights do not
-    depend on the number of processes.
+    Raises UserError if there is none.
     """
     shape = model_config(config, tokenizer)
     dtype = getattr(torch, config.model.dtype)
     torch.manual_seed(config.train.seed)
     if config.model.path is None:
-        return Qwen3MoeForCausalLM._from_config(shape, dtype=dtype, kernels=config.kernels)
+        return drawn(shape, dtype, config.train.seed, config.kernels)
     try:
-        with build_model(config.distributed, dtype):
-            return Qwen3MoeForCausalLM.from_pretrained(
-                config.model.path,
-                config=shape,
-                dtype=dtype,
-                kernels=config.kernels,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+        return pretrained(config.model.path, dtype, shape, config.kernels)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {error}") from None
 

@@ -3,7 +3,7 @@
 from tilestack.distributed.checkpoint import CheckpointError
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 from tilestack.distributed.engine import Engine, StepResult
-from tilestack.distributed.launch import build_model, make_engine, start
+from tilestack.distributed.launch import make_engine, start
 from tilestack.distributed.world import LaunchError, World
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "SettingsError",
     "StepResult",
     "World",
-    "build_model",
     "make_engine",
     "start",
 ]

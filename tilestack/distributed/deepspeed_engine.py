@@ -21,19 +21,19 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from tilestack.distributed.checkpoint import read_pieces, read_state, write_pieces, write_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.deepspeed_settings import construction_settings, deepspeed_settings
+from tilestack.distributed.deepspeed_settings import deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
 from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
+from tilestack.distributed.zero3_loading import materialise_parts
 from tilestack.distributed.zero_pieces import OptimizerState
-from tilestack.models import ZERO3_LEAF_CLASSES, restore_rotary_frequencies
+from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
 
 
 def join(world: World) -> None:
@@ -58,31 +58,6 @@ def _quiet() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-class _Zero3Construction:
-    """What transformers asks while it builds a model under ZeRO-3 (its own class wants accelerate for two lines)."""
-
-    def __init__(self, settings: dict):
-        self.config = settings
-
-    def is_zero3(self) -> bool:
-        return True
-
-
-@contextlib.contextmanager
-def partitioned_construction(distributed: DistributedConfig, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, transformers cuts parameters into the ranks' parts as it makes them, if the stage is 3."""
-    settings = construction_settings(distributed, dtype)
-    if settings["zero_optimization"]["stage"] < 3:
-        yield
-        return
-    asked = _Zero3Construction(settings)
-    set_hf_deepspeed_config(asked)  # transformers keeps a weak reference: `asked` must live until the end
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-
-
 class DeepSpeedEngine:
     """Trains a model over all processes. See `Engine` for the contract."""
 
@@ -93,6 +68,7 @@ class DeepSpeedEngine:
         distributed: DistributedConfig,
         accumulation: int,
         world: World,
+        weights: Weights | None = None,
     ):
         self.rank, self.world_size, self.device = world.rank, world.world_size, world.device
         self.model = model.train()
@@ -111,6 +87,10 @@ class DeepSpeedEngine:
         self.experts = _join_experts(distributed.expert_parallel, self.stage, world)
         if self.experts is not None:
             split_experts(model, self.experts, distributed.expert_chunks)
+        if weights is not None and self.stage == 3:
+            materialise_parts(model, weights, settings, self.device)
+        elif weights is not None:
+            materialise(model, weights, self.device, self._begins())
         groups = parameter_groups(model, optimizer.weight_decay)
         client = None if "optimizer" in settings else _adamw(groups, optimizer, self.device)
         with _quiet():
@@ -205,9 +185,12 @@ class DeepSpeedEngine:
 
     def _state(self) -> OptimizerState:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return OptimizerState(self.engine, names, self._begins())
+
+    def _begins(self) -> dict[str, int]:
+        """Of the weights of experts, of which this rank has a part: the number of its first element in the whole."""
         split = split_weights(self.model) if self.experts is not None else {}
-        begins = {name: self.experts.rank * parameter.numel() for name, parameter in split.items()}
-        return OptimizerState(self.engine, names, begins)
+        return {name: self.experts.rank * parameter.numel() for name, parameter in split.items()}
 
     def _sizes(self) -> dict[str, int]:
         """How many elements each trained parameter has, over all ranks."""

@@ -18,6 +18,7 @@ from tilestack.distributed.objective import StepSums, evaluation_sums
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
+from tilestack.models import Weights, materialise
 
 MEASURED_STEP = 3  # the first two compile kernels
 
@@ -47,6 +48,7 @@ class LocalEngine:
     With bfloat16 weights, master weights and moments are float32: 16 bytes a parameter with its gradient, 18 with
     accumulation, where gradients are summed in float32. With float32 weights there is no master: 16 bytes.
 
+    weights: what an outline of a model is filled with.
     record_graphs: on a GPU, find out in the third step whether the host keeps it waiting, and if so replay recorded
         steps from then on (graphs.py). Gradients then have memory of their own.
     """
@@ -58,8 +60,11 @@ class LocalEngine:
         accumulation: int,
         world: World,
         record_graphs: bool = False,
+        weights: Weights | None = None,
     ):
         self.rank, self.world_size, self.device = 0, 1, world.device
+        if weights is not None:
+            materialise(model, weights, self.device)
         self.model = model.to(self.device).train()
         self.optimizer = optimizer
         self.accumulation = accumulation

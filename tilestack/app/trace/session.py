@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
@@ -129,14 +128,11 @@ def _run(name: str, session: Session, weights: list[torch.Tensor]) -> dict[str, 
 
 def _engine(name: str, session: Session) -> Engine:
     config, world = session.config, session.world
-    # a new model is drawn on the device itself, which is quick; its weights are not those that a training would draw
-    drawn = world.device if config.model.path is None else contextlib.nullcontext()
     _, data_ranks = config.distributed.data_ranks(world.rank, world.world_size)
     accumulation = config.train.micro_batches // data_ranks
-    with drawn:
-        model = (build_plain if name == RIVAL else build)(config, session.tokenizer)
     if name == RIVAL:
-        return LocalEngine(model, config.optimizer, accumulation, world)
+        return LocalEngine(build_plain(config, session.tokenizer, world.device), config.optimizer, accumulation, world)
+    model, weights = build(config, session.tokenizer)
     # a replayed step does not say whose its kernels are
     eager = dataclasses.replace(config.distributed, cuda_graphs="off")
     return make_engine(
@@ -146,6 +142,7 @@ def _engine(name: str, session: Session) -> Engine:
         accumulation=accumulation,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
+        weights=weights,
     )
 
 
