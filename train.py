@@ -19,7 +19,7 @@ from tilestack.app.hardware import describe
 from tilestack.app.interrupts import stoppable
 from tilestack.app.log import Log, opened
 from tilestack.app.metrics import Metrics
-from tilestack.app.model import build, check_checkpoint, parameters
+from tilestack.app.model import build, check_model, parameters
 from tilestack.app.schedule import learning_rate
 from tilestack.app.start import Run, configure, open_run, open_tokenizer_of
 from tilestack.app.trackers import check_trackers
@@ -38,7 +38,7 @@ def train(config: Config, resumed: Run | None) -> None:
     world = start(config.distributed)
     check(config, world.world_size)
     check_trackers(config.output.trackers)
-    check_checkpoint(config)
+    check_model(config)
 
     # APPLICATION: text
     source = open_source(config.data)

@@ -18,7 +18,7 @@ from tilestack.distributed import DistributedConfig, make_engine
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ("0", "1", "2", "3", "1-experts-2", "2-experts-2")
-ROWS = ("1-rows", "2-experts-2-rows", "3-rows")
+ROWS = ("1-rows", "1-experts-2-rows", "2-experts-2-rows", "3-rows")
 ALONE = "1"  # the setting that also runs in a single process
 
 
@@ -168,7 +168,14 @@ def test_rotary_frequencies_stay_float32_with_bfloat16_weights(run):
 
 
 def test_activation_checkpointing_changes_nothing(run):
-    assert run["checkpointed"] == worker.losses(run["steps"][:2])
+    plain = worker.losses(run["steps"][:2])
+    assert run["checkpointed"] == {"full": plain, "selective": plain}
+
+
+def test_all_that_recomputed_layers_send_to_other_ranks_is_waited_for(run):
+    # recomputing ends when the backward has what it needs: the first part's way home began and nobody reads it
+    for found in run["ranks"]:
+        assert found["unawaited"] == 0
 
 
 def test_a_deepspeed_file_of_ones_own_with_deepspeeds_optimizer_trains_alike(run):
@@ -218,5 +225,9 @@ def test_ranks_that_share_every_row_take_the_steps_of_one_process(setting, folde
         assert step["grad_norm"] == pytest.approx(after["grad_norm"], rel=1e-4)
     for step, after in zip(found["from alone"], expected[3:], strict=True):
         assert step["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    _, expected = one_process(torch.bfloat16, steps=3)
+    for step, after in zip(found["bfloat16"], expected, strict=True):
+        assert step["loss"] == pytest.approx(after["loss"], rel=2**-9)
+        assert step["grad_norm"] == pytest.approx(after["grad_norm"], rel=2**-6)
     batches = [micro_batch(7), micro_batch(17, lengths=(20, 29))]
     assert found["evaluation"] == pytest.approx(engine.evaluate(batches), rel=1e-5)

@@ -7,16 +7,18 @@ with and without it do not go together.
 Every rank writes FOLDER/<setting>-rank-<rank>.json.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from deepspeed.utils import z3_leaf_module
 
 from distributed.tiny import global_step, micro_batch
-from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
+from tilestack.distributed import DistributedConfig, OptimizerConfig, expert_parallel, make_engine, start
 from tilestack.distributed.deepspeed_engine import whole_weights
 from tilestack.models import pretrained
 
@@ -78,6 +80,22 @@ def message(call, *arguments) -> str:
     return "no error"
 
 
+@contextlib.contextmanager
+def every_journey() -> Iterator[list]:
+    """Collects all that is sent to and from the experts of other ranks."""
+    made, plain = [], expert_parallel._Journey.__init__
+
+    def remembered(journey, *arguments):
+        made.append(journey)
+        plain(journey, *arguments)
+
+    expert_parallel._Journey.__init__ = remembered
+    try:
+        yield made
+    finally:
+        expert_parallel._Journey.__init__ = plain
+
+
 def chosen(setting: str, **options) -> DistributedConfig:
     if setting.endswith("-rows"):
         setting, options["sequence_parallel"] = setting.removesuffix("-rows"), int(os.environ["WORLD_SIZE"])
@@ -114,7 +132,11 @@ def run_setting(folder: Path, setting: str) -> dict:
     found["bfloat16 not finite"] = a_step_that_is_not_finite(low)
     found["inv_freq"] = [str(low.model.model.rotary_emb.inv_freq.dtype), *low.model.model.rotary_emb.inv_freq.tolist()]
 
-    found["checkpointed"] = losses(train(make(folder, distributed, activation_checkpointing="full"), 0, 2))
+    found["checkpointed"], found["unawaited"] = {}, 0
+    for mode in ("full", "selective"):
+        with every_journey() as journeys:
+            found["checkpointed"][mode] = losses(train(make(folder, distributed, activation_checkpointing=mode), 0, 2))
+        found["unawaited"] += sum(bool(each._work) for each in journeys)
     own_file = chosen(setting, deepspeed_config=str(folder / f"own-{distributed.zero}.json"))
     found["own file"] = losses(train(make(folder, own_file), 0, 2))
     return found
@@ -144,6 +166,8 @@ def run_shared_rows(folder: Path, setting: str) -> dict:
     resumed = make(folder, chosen(setting))
     resumed.load(folder / "checkpoint-alone")
     found["from alone"] = [measured(resumed.train_step(each, lr=1e-2)) for each in batches[3:]]
+    low = make(folder, chosen(setting), torch.bfloat16)
+    found["bfloat16"] = [measured(low.train_step(each, lr=1e-2)) for each in batches[:3]]
     return found
 
 

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Q
 from tilestack import Qwen3MoeForCausalLM
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
+from tilestack.distributed import deepspeed_settings
 from tilestack.models import Weights, drawn, pretrained
 from tilestack.models.loading import MODEL_TYPE, check_folder
 
@@ -30,12 +31,16 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Qwen3MoeF
         raise UserError(f"model.path: {error}") from None
 
 
-def check_checkpoint(config: Config) -> None:
-    """Raise UserError if model.path is given and cannot be trained: missing, broken, another model, too short."""
+def check_model(config: Config) -> None:
+    """Raise UserError if model.path is given and cannot be trained: missing, broken, another model, too short.
+
+    Raises SettingsError if the model cannot be split over the processes as asked.
+    """
     path = config.model.path
+    shape = new_config(config.model, config.data.vocab_size, 0) if path is None else checkpoint_config(path)
     if path is not None:
-        positions = checkpoint_config(path).max_position_embeddings
-        check_positions(config.data, positions, f"max_position_embeddings of {path}")
+        check_positions(config.data, shape.max_position_embeddings, f"max_position_embeddings of {path}")
+    deepspeed_settings.check_model(config.distributed, shape)
 
 
 def model_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:

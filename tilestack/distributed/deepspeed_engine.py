@@ -24,7 +24,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from tilestack.distributed.checkpoint import read_pieces, read_state, write_pieces, write_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.deepspeed_settings import deepspeed_settings
+from tilestack.distributed.deepspeed_settings import check_model, check_processes, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
@@ -78,13 +78,15 @@ class DeepSpeedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         if self.stage == 3:
             mark_leaf_modules(model)
-        _check_split(distributed, self.stage, dtype)
+        check_processes(distributed, world.world_size)
+        check_model(distributed, model.config)
+        _check_one_number_of_ranks_a_row(distributed)
         for parameter in model.parameters():
             parameter.__dict__.pop("gradient_sum", None)  # of a local engine that had the model before
         self.sequence = _join_sequence(distributed.sequence_parallel, world)
         if self.sequence is not None:
             shard_sequences(model, self.sequence)
-        self.experts = _join_experts(distributed.expert_parallel, self.stage, world)
+        self.experts = _join_experts(distributed.expert_parallel, world)
         if self.experts is not None:
             split_experts(model, self.experts, distributed.expert_chunks)
         if weights is not None and self.stage == 3:
@@ -99,6 +101,8 @@ class DeepSpeedEngine:
                 "sequences_are_split": self.sequence is not None,
             }
             self.engine = _initialize(model, client, groups, settings, **split)
+        if self.sequence is not None and hasattr(self.engine.optimizer, "bf16_groups"):
+            self.engine.optimizer.mpu = None  # it would take ranks that share rows for ranks that share weights
         if self.stage == 0:
             self._state().restart()  # in bfloat16 DeepSpeed's wrapper has made an update of nothing
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
@@ -208,46 +212,31 @@ class DeepSpeedEngine:
         dist.barrier()
 
 
-def _check_split(distributed: DistributedConfig, stage: int, dtype: torch.dtype) -> None:
-    """Raise SettingsError for what DeepSpeed 0.19 cannot do together."""
-    if distributed.sequence_parallel == 1:
-        if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is not None:
-            raise SettingsError("this process has trained with distributed.sequence_parallel, which DeepSpeed keeps")
-    elif stage == 1 and dtype == torch.bfloat16:
-        # its optimizer for this takes the ranks that share rows for ranks that share weights
+def _check_one_number_of_ranks_a_row(distributed: DistributedConfig) -> None:
+    """Raise SettingsError if this process has trained with rows split otherwise: DeepSpeed keeps the first split."""
+    ranks = distributed.sequence_parallel
+    had = ranks
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is not None:
+        had = parallel_state_sp.get_sequence_parallel_world_size()
+    if ranks != had:
         raise SettingsError(
-            "distributed.sequence_parallel with bfloat16 weights does not work with distributed.zero = 1; take 2 or 3"
+            f"distributed.sequence_parallel = {ranks}: DeepSpeed takes one number a process, and this one has had {had}"
         )
 
 
 def _join_sequence(ranks: int, world: World) -> Ulysses | None:
-    """The ranks that share this rank's rows; None if it has whole ones. Raises SettingsError."""
+    """The ranks that share this rank's rows; None if it has whole ones."""
     if ranks == 1:
         return None
-    if world.world_size % ranks:
-        raise SettingsError(
-            f"distributed.sequence_parallel = {ranks} must divide the number of processes, {world.world_size}, evenly"
-        )
     if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
         parallel_state_sp.initialize_sequence_parallel(ranks)
-    elif parallel_state_sp.get_sequence_parallel_world_size() != ranks:
-        raise SettingsError(
-            f"distributed.sequence_parallel = {ranks}: DeepSpeed takes one number a process, and this process has had "
-            f"{parallel_state_sp.get_sequence_parallel_world_size()}"
-        )
     return Ulysses(parallel_state_sp.get_sequence_parallel_group(), world.rank % ranks, ranks)
 
 
-def _join_experts(size: int, stage: int, world: World) -> ExpertGroup | None:
-    """The ranks that share this rank's experts; None if every rank has all of them. Raises SettingsError."""
+def _join_experts(size: int, world: World) -> ExpertGroup | None:
+    """The ranks that share this rank's experts; None if every rank has all of them."""
     if size == 1:
         return None
-    if world.world_size % size:
-        raise SettingsError(
-            f"distributed.expert_parallel = {size} must divide the number of processes, {world.world_size}, evenly"
-        )
-    if stage not in (1, 2):
-        raise SettingsError(f"distributed.expert_parallel works with ZeRO 1 or 2, got distributed.zero = {stage}")
     name = f"ep_size_{size}"
     deepspeed_groups._create_expert_and_data_parallel(size)
     return ExpertGroup(deepspeed_groups._get_expert_parallel_group(name), world.rank % size, size, name)
