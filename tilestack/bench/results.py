@@ -67,20 +67,23 @@ def write(bench: str, rows: list[Row], ceilings: dict[str, float], folder: Path 
     """Write the run's file, atomically, and return its path: <folder>/<bench>/<gpus>x<device>.json."""
     gpus = max((row.case.get("gpus", 1) for row in rows), default=1)
     path = folder / bench / f"{gpus}x{short_device()}.json"
-    record = {
-        "bench": bench,
-        "device": device_name(),
-        "versions": versions(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "ceilings": ceilings,
-        "rows": [{key: _rounded(value) for key, value in dataclasses.asdict(row).items()} for row in rows],
-    }
+    rounded = [{key: _rounded(value) for key, value in dataclasses.asdict(row).items()} for row in rows]
+    record = {"bench": bench} | machine() | {"ceilings": ceilings, "rows": rounded}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(partial, path)
     return path
+
+
+def machine() -> dict[str, Any]:
+    """What every result file says of where and when it was made."""
+    return {
+        "device": device_name(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 class Recorder:
