@@ -20,6 +20,7 @@ from tilestack.app.interrupts import stoppable
 from tilestack.app.log import Log, opened
 from tilestack.app.metrics import Metrics
 from tilestack.app.model import build, check_model, parameters
+from tilestack.app.saving import Saver
 from tilestack.app.schedule import learning_rate
 from tilestack.app.start import Run, configure, open_run, open_tokenizer_of
 from tilestack.app.trackers import check_trackers
@@ -66,9 +67,12 @@ def train(config: Config, resumed: Run | None) -> None:
         first, position = checkpoints.load(resumed.checkpoint, engine, config, source.identity())
     run = open_run(config, resumed, tokenizer, world)
     loader = PackedLoader(*shared, config.train.micro_batches, config.train.seed, position)
-    with opened(run, config, first, world.rank) as log:
+    with (
+        opened(run, config, first, world.rank) as log,
+        Saver(run.checkpoints, engine, config, source.identity()) as saver,
+    ):
         log.say(f"{run.folder}: {learned:,} parameters, {world.world_size} x {describe(world.device)}")
-        loop(config, run, engine, iter(loader), held_out, first, log, source.identity())
+        loop(config, run, engine, iter(loader), held_out, first, log, saver)
     finish(run, config, engine, tokenizer)
 
 
@@ -80,13 +84,14 @@ def loop(
     held_out: list[MicroBatch],
     first: int,
     log: Log,
-    data: dict,
+    saver: Saver,
 ) -> None:
     """The steps after step `first`. The device is waited for only where something is read or saved."""
     steps, every = config.train.steps, config.train
     metrics = Metrics(engine.model.config, engine.device, engine.world_size, config.optimizer.non_finite)
     with stoppable() as stop:
         for step in range(first + 1, steps + 1):
+            saver.check()
             batch = next(batches)
             lr = learning_rate(config.schedule, config.optimizer.lr, step - 1, steps)
             metrics.add(step, batch, engine.train_step(batch.micro_batches, lr), lr)
@@ -100,7 +105,7 @@ def loop(
                     records[-1]["eval_loss"] = engine.evaluate(held_out)
                 log.write(records)
                 if saves or stops or step == steps:
-                    checkpoints.save(run.checkpoints, step, engine, batch.position, config, data)
+                    saver.save(step, batch.position)
                 metrics.pause()
             if stops and step < steps:
                 raise StoppedError(f"stopped after step {step}; to go on: python train.py --resume {run.folder}")

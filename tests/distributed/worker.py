@@ -56,7 +56,10 @@ def losses(steps: list[dict]) -> list[float]:
 
 
 def weights_of(engine) -> dict[str, torch.Tensor]:
-    return whole_weights(engine.model, keep=True, experts=engine.experts)
+    parts = {}
+    for name, _, part in whole_weights(engine.model, keep=True, experts=engine.experts):
+        parts.setdefault(name, []).append(part.clone())
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
 def a_step_that_is_not_finite(engine) -> dict:

@@ -1,6 +1,6 @@
 """The engines that train a model: one process of our own, or DeepSpeed from two processes on."""
 
-from tilestack.distributed.checkpoint import CheckpointError
+from tilestack.distributed.checkpoint import CheckpointError, Saving
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 from tilestack.distributed.engine import Engine, StepResult
 from tilestack.distributed.launch import make_engine, start
@@ -12,6 +12,7 @@ __all__ = [
     "Engine",
     "LaunchError",
     "OptimizerConfig",
+    "Saving",
     "SettingsError",
     "StepResult",
     "World",

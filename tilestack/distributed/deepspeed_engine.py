@@ -22,7 +22,7 @@ from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
 
-from tilestack.distributed.checkpoint import read_pieces, read_state, write_pieces, write_state
+from tilestack.distributed.checkpoint import CheckpointError, Saving, numbers, read_pieces, read_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 from tilestack.distributed.deepspeed_settings import check_model, check_processes, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
@@ -34,6 +34,7 @@ from tilestack.distributed.world import World
 from tilestack.distributed.zero3_loading import materialise_parts
 from tilestack.distributed.zero_pieces import OptimizerState
 from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
+from tilestack.models.export import Part, write_model
 
 
 def join(world: World) -> None:
@@ -171,20 +172,32 @@ class DeepSpeedEngine:
         if most != least:
             raise ValueError(f"evaluate needs as many batches on every rank, got between {least} and {most}")
 
+    def saving(self) -> Saving:
+        state, dtype = self._state(), next(self.model.parameters()).dtype
+        # without ZeRO every rank has the same
+        pieces = list(state.pieces()) if self.stage > 0 or self.rank == 0 else []
+        ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
+        found = numbers(dtype, state.updates, {"engine": "deepspeed"} | ranks)
+        return Saving(self.rank, pieces, found if self.rank == 0 else None)
+
     def save(self, folder: Path) -> None:
-        folder, state = Path(folder), self._state()
-        if self.stage > 0 or self.rank == 0:  # without ZeRO every rank has the same
-            write_pieces(folder, self.rank, state.pieces())
-        if self.rank == 0:
-            dtype = next(self.model.parameters()).dtype
-            ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
-            write_state(folder, dtype, state.updates, {"engine": "deepspeed"} | ranks)
+        self.saving().write(Path(folder))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        folder, state = Path(folder), self._state()
-        updates = read_state(folder, next(self.model.parameters()).dtype)
-        read_pieces(folder, list(state.pieces()), self._sizes())
+        folder, state, updates, failure = Path(folder), self._state(), 0, None
+        try:
+            updates = read_state(folder, next(self.model.parameters()).dtype)
+            read_pieces(folder, list(state.pieces()), self._sizes())
+        except CheckpointError as error:
+            failure = error
+        # what follows is a collective: if one rank could not read its part, no rank goes there
+        failed = torch.tensor(failure is not None, dtype=torch.int32, device=self.device)
+        dist.all_reduce(failed)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise CheckpointError(f"{folder} could not be read by {int(failed)} other of {self.world_size} processes")
         state.publish(updates)
 
     def _state(self) -> OptimizerState:
@@ -206,9 +219,12 @@ class DeepSpeedEngine:
         return 1 if self.experts is None else self.experts.size
 
     def export(self, folder: Path) -> None:
-        weights = whole_weights(self.model, keep=self.rank == 0, experts=self.experts)
+        parts = whole_weights(self.model, keep=self.rank == 0, experts=self.experts)
         if self.rank == 0:
-            self.model.save_pretrained(folder, state_dict=weights)
+            write_model(self.model, parts, Path(folder))
+        else:
+            for _ in parts:
+                pass
         dist.barrier()
 
 
@@ -270,22 +286,22 @@ class _ExpertEngine(deepspeed.DeepSpeedEngine):
         self.has_moe_layers = True
 
 
-def whole_weights(model: torch.nn.Module, keep: bool, experts: ExpertGroup | None = None) -> dict[str, torch.Tensor]:
-    """A copy of every parameter by name, on the CPU; every rank calls it, and those without `keep` get none.
+def whole_weights(model: torch.nn.Module, keep: bool, experts: ExpertGroup | None = None) -> Iterator[Part]:
+    """The parts of every parameter in order, on the device; every rank iterates, and those without `keep` get none.
 
     One parameter after the other is whole on the device; of the experts, where they are split, not even that: each
-    rank of the group sends its part in turn.
+    rank of the group sends its part in turn. A part is there until the next is asked for.
     """
-    weights = {}
     split = split_weights(model) if experts is not None else {}
     for name, parameter in model.named_parameters():
         cut_up = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if cut_up else contextlib.nullcontext():
-            parts = _parts_of_experts(parameter, experts) if name in split else iter([parameter.detach()])
-            copies = [part.cpu().clone() if keep else None for part in parts]
-            if keep:
-                weights[name] = copies[0] if len(copies) == 1 else torch.cat(copies)
-    return weights
+            parts = _parts_of_experts(parameter, experts) if name in split else [parameter.detach()]
+            first = 0
+            for part in parts:
+                if keep:
+                    yield name, first, part
+                first += part.shape[0]
 
 
 def _parts_of_experts(parameter: torch.nn.Parameter, experts: ExpertGroup) -> Iterator[torch.Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tilestack.distributed.checkpoint import WEIGHT, Piece, read_pieces, read_state, write_pieces, write_state
+from tilestack.distributed.checkpoint import WEIGHT, Piece, Saving, numbers, read_pieces, read_state
 from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.graphs import HOST_BOUND, StepGraphs
@@ -19,6 +19,7 @@ from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
 from tilestack.models import Weights, materialise
+from tilestack.models.export import write_model
 
 MEASURED_STEP = 3  # the first two compile kernels
 
@@ -179,10 +180,12 @@ class LocalEngine:
         total, labels = evaluation_sums(self.model, list(batches), self.device).tolist()
         return total / labels if labels else float("nan")
 
+    def saving(self) -> Saving:
+        found = numbers(self._dtype(), self.updates, {"engine": "local", "world_size": 1})
+        return Saving(self.rank, list(self._pieces()), found)
+
     def save(self, folder: Path) -> None:
-        folder = Path(folder)
-        write_pieces(folder, self.rank, self._pieces())
-        write_state(folder, self._dtype(), self.updates, {"engine": "local", "world_size": 1})
+        self.saving().write(Path(folder))
 
     def load(self, folder: Path) -> None:
         folder = Path(folder)
@@ -196,7 +199,8 @@ class LocalEngine:
         self.updates = updates
 
     def export(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        parts = ((name, 0, parameter.detach()) for name, parameter in self.model.named_parameters())
+        write_model(self.model, parts, Path(folder))
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype

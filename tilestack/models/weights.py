@@ -11,7 +11,6 @@ parameter, as in a checkpoint's pieces.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, Qwen3MoeConfig
 
+from tilestack.models.hub_layout import matrices_of_experts, stored_name
 from tilestack.models.kernel_choice import KernelChoice
 from tilestack.models.loading import check_folder, check_loaded, shards
 from tilestack.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -148,16 +148,15 @@ class _Stored:
                 )
 
     def _stored_as(self, name: str, shape: tuple[int, ...]) -> Iterator[_Segment]:
-        experts = re.fullmatch(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)", name)
-        if experts is None or name in self._where:
+        fused = matrices_of_experts(name)
+        if fused is None or name in self._where:
             yield _Segment(0, name, shape)
             return
-        path, kind = experts.groups()
-        matrices = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        path, matrices = fused
         rows, columns = shape[1] // len(matrices), shape[2]
         for i in range(shape[0] * len(matrices)):
             expert, matrix = divmod(i, len(matrices))
-            yield _Segment(i * rows * columns, f"{path}.{expert}.{matrices[matrix]}.weight", (rows, columns))
+            yield _Segment(i * rows * columns, stored_name(path, expert, matrices[matrix]), (rows, columns))
 
     def fill(self, name: str, start: int, target: torch.Tensor) -> None:
         end = start + target.numel()
