@@ -30,6 +30,7 @@ from tilestack.distributed.config import SettingsError
 from tilestack.models.registration import NAME
 from tilestack.models.token_dispatch import Experts
 
+ROUTES = 256  # the bound on the experts' routes is a multiple of it, so that memory of few sizes is asked for
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
@@ -77,7 +78,7 @@ class AllToAllDispatcher:
         going_back = []
         for chunk, (journey, flying) in zip(chunks, on_the_way, strict=True):
             rows, weights, ids = _Arrive.apply(journey, *flying)
-            partial = experts(rows, ids - self.first, weights)
+            partial = experts(rows, ids - self.first, weights, chunk.routes)
             journey = _Journey(self.members.group, chunk.received, chunk.sent, self.under_way)
             going_back.append((journey, _Depart.apply(journey, partial)))
         return torch.cat(
@@ -94,27 +95,42 @@ class AllToAllDispatcher:
         owners = (topk_ids // self.experts_per_rank).long()
         goes = torch.zeros(len(topk_ids), ranks, dtype=torch.bool, device=topk_ids.device)
         goes.scatter_(1, owners, True)
-        parts = [goes[begin:end] for begin, end in zip(begins, begins[1:], strict=False)]
-        sent = torch.stack([part.sum(0) for part in parts], 1)  # [ranks, chunks]: a row goes to each rank
+        spans = list(zip(begins, begins[1:], strict=False))
+        parts = [goes[begin:end] for begin, end in spans]
+        routes = [_count(owners[begin:end], ranks) for begin, end in spans]
+        # [ranks, 2, chunks]: how many rows go to each rank, and how many routes they have there
+        sent = torch.stack([torch.stack([part.sum(0) for part in parts], 1), torch.stack(routes, 1)], 1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.members.group)
         sizes = torch.stack([sent, received]).tolist()
         for i, part in enumerate(parts):
-            to, of = ([row[i] for row in side] for side in sizes)
+            to, of = ([rank[0][i] for rank in side] for side in sizes)
+            here = sum(rank[1][i] for rank in sizes[1])
             # the tokens of rank 0, then of rank 1, ...: a sort, because nonzero() would wait for the device again
             order = part.t().flatten().logical_not().byte().argsort(stable=True)[: sum(to)]
-            yield _Chunk(begins[i], begins[i + 1], order % max(len(part), 1), to, of)
+            most = -(-here // ROUTES) * ROUTES
+            yield _Chunk(begins[i], begins[i + 1], order % max(len(part), 1), to, of, most)
+
+
+def _count(owners: torch.Tensor, ranks: int) -> torch.Tensor:
+    """[ranks]: how many of the routes [T, K] each rank owns, on the device."""
+    counts = torch.zeros(ranks, dtype=torch.int64, device=owners.device)
+    return counts.scatter_add_(0, owners.flatten(), torch.ones_like(owners).flatten())
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokens [begin, end) of this rank: which rows it sends (their tokens, counted from begin, rank by rank)."""
+    """Tokens [begin, end) of this rank: which rows it sends (their tokens, counted from begin, rank by rank).
+
+    routes: a bound on those that the rows it receives have to its own experts.
+    """
 
     begin: int
     end: int
     tokens: torch.Tensor
     sent: list[int]
     received: list[int]
+    routes: int
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] of the chunk's tokens -> [S, H], one row for each rank that a token goes to."""
