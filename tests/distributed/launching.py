@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from distributed import worker
 from distributed.tiny import global_step, tiny_model
 from tilestack.distributed import DistributedConfig, make_engine
