@@ -24,7 +24,7 @@ from tilestack.app.saving import Saver
 from tilestack.app.schedule import learning_rate
 from tilestack.app.start import Run, configure, open_run, open_tokenizer_of
 from tilestack.app.trackers import check_trackers
-from tilestack.distributed import Engine, make_engine, start
+from tilestack.distributed import Engine, Watch, World, make_engine, start, watch_ranks, watched
 
 
 def main(argv: list[str] | None = None, prog: str = "train.py") -> None:
@@ -37,6 +37,12 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> None:
 def train(config: Config, resumed: Run | None) -> None:
     """One run, from the configuration to the exported model."""
     world = start(config.distributed)
+    with watched(watch_ranks(world, config.distributed.timeout)) as watch:  # a rank that dies or hangs ends all
+        run_on(world, watch, config, resumed)
+
+
+def run_on(world: World, watch: Watch, config: Config, resumed: Run | None) -> None:
+    """What every process does."""
     check(config, world.world_size)
     check_trackers(config.output.trackers)
     check_model(config)
@@ -66,13 +72,15 @@ def train(config: Config, resumed: Run | None) -> None:
     if resumed is not None:
         first, position = checkpoints.load(resumed.checkpoint, engine, config, source.identity())
     run = open_run(config, resumed, tokenizer, world)
+    watch.hint, watch.folder = f"To go on from its last checkpoint: --resume {run.folder}", run.folder
     loader = PackedLoader(*shared, config.train.micro_batches, config.train.seed, position)
     with (
         opened(run, config, first, world.rank) as log,
         Saver(run.checkpoints, engine, config, source.identity()) as saver,
     ):
         log.say(f"{run.folder}: {learned:,} parameters, {world.world_size} x {describe(world.device)}")
-        loop(config, run, engine, iter(loader), held_out, first, log, saver)
+        loop(config, run, engine, iter(loader), held_out, first, log, watch, saver)
+    watch.at("the export")
     finish(run, config, engine, tokenizer)
 
 
@@ -84,6 +92,7 @@ def loop(
     held_out: list[MicroBatch],
     first: int,
     log: Log,
+    watch: Watch,
     saver: Saver,
 ) -> None:
     """The steps after step `first`. The device is waited for only where something is read or saved."""
@@ -93,6 +102,7 @@ def loop(
         for step in range(first + 1, steps + 1):
             saver.check()
             batch = next(batches)
+            watch.at(f"step {step}, whose data begins at {batch.begin}")
             lr = learning_rate(config.schedule, config.optimizer.lr, step - 1, steps)
             metrics.add(step, batch, engine.train_step(batch.micro_batches, lr), lr)
 
@@ -102,9 +112,13 @@ def loop(
             if logs or evaluates or saves or stops or step == steps:
                 records = metrics.read()
                 if held_out and (evaluates or step == steps):
+                    watch.at(f"the evaluation after step {step}")
                     records[-1]["eval_loss"] = engine.evaluate(held_out)
                 log.write(records)
+                for text in metrics.judge(records):
+                    log.say(text)
                 if saves or stops or step == steps:
+                    watch.at(f"the checkpoint of step {step}")
                     saver.save(step, batch.position)
                 metrics.pause()
             if stops and step < steps:

@@ -64,13 +64,28 @@ def test_the_longest_sequence_is_the_longest_multiple_that_fits(fits, found, mon
     assert row.case["seqlen"] == found and row.case["checkpointing"] and row.op == "longest_sequence"
 
 
+def test_no_sequence_is_tried_that_is_longer_than_a_step_may_take(monkeypatch):
+    device = type("Device", (), {"total_memory": 600 * 2**30})
+    monkeypatch.setattr(step, "_peak_gib", lambda model, seqlen: 10 + seqlen / 2048)
+    monkeypatch.setattr(step, "build", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    (row,) = step.longest_sequence("tilestack", step.StepCase(), 1)
+    assert row.case["seqlen"] == step.LONGEST_TRIED
+
+
 def test_the_losses_and_the_longest_sequences_are_measured_of_ours_and_plain_transformers_alone():
     cases = [step.StepCase(), step.StepCase(batch=1)]
-    assert {name for process in step.PROCESSES for name in process} == set(step.IMPLEMENTATIONS)
-    kinds = {process[0]: [job.kind for job in step.jobs_of(process, cases, 20)] for process in step.PROCESSES}
-    assert kinds["liger"] == kinds["transformers-compile"] == ["time", "time"]
-    assert kinds["transformers"] == ["time", "time", "losses", "longest", "longest"]
-    assert kinds["tilestack"] == ["time"] * 4 + ["optimizer", "losses", "longest", "longest"]
+    assert {name for names, _ in step.PROCESSES for name in names} == set(step.IMPLEMENTATIONS)
+    kinds = [[job.kind for job in step.jobs_of(*process, cases, 20)] for process in step.PROCESSES]
+    assert kinds == [["time"] * 6 + ["optimizer"], ["time"] * 2, ["time"] * 2, ["longest"] * 4 + ["losses"] * 2]
+
+
+def test_what_is_compared_is_timed_one_after_the_other_on_the_first_case_first():
+    cases = [step.StepCase(), step.StepCase(batch=1)]
+    first, *_ = step.PROCESSES
+    jobs = step.jobs_of(*first, cases, 20)
+    assert [job.implementation for job in jobs[:3]] == ["transformers", "tilestack", step.GRAPH]
+    assert {job.case for job in jobs[:3]} == {cases[0]}
 
 
 def _run(bench: str, rows: list[Row]) -> dict:

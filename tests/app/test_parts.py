@@ -11,6 +11,7 @@ from rich.console import Console
 from tilestack.app.config import ModelConfig, ScheduleConfig
 from tilestack.app.data.packing import Position, StepBatch
 from tilestack.app.display import Display, duration
+from tilestack.app.errors import UserError
 from tilestack.app.hardware import peak_flops
 from tilestack.app.interrupts import Stop, stoppable
 from tilestack.app.metrics import Metrics, MetricsFile
@@ -43,7 +44,9 @@ def result(loss=1.0, norm=1.0, load=(0.5, 0.25, 0.25, 0.0)):
 
 
 def batch(tokens=1000, length=100):
-    return StepBatch([], tokens - 10, tokens, attended=tokens * length, position=Position(epoch=2))
+    return StepBatch(
+        [], tokens - 10, tokens, attended=tokens * length, position=Position(epoch=2), begin=Position(1, 2, 3)
+    )
 
 
 def test_mfu_is_the_models_own_operations_over_the_peak_of_all_gpus(monkeypatch):
@@ -87,7 +90,24 @@ def test_mfu_is_not_available_on_a_cpu():
 def test_skipped_updates_are_recorded_where_the_configuration_wants_to_go_on():
     metrics = Metrics(SHAPE, torch.device("cpu"), world_size=1, non_finite="skip")
     metrics.add(1, batch(), result(norm=float("nan")), lr=0.5)
-    assert len(metrics.read()) == 1
+    metrics.add(2, batch(), result(loss=float("inf")), lr=0.5)
+    metrics.add(3, batch(), result(), lr=0.5)
+    records = metrics.read()
+    place = {"epoch": 1, "document": 2, "token": 3}
+    assert [record.get("data") for record in records] == [place, place, None]
+    assert [record.get("skipped") for record in records] == [True, True, None]
+    first, second = metrics.judge(records)
+    assert "step 1, whose data begins at epoch 1, document 2, token 3: the loss (1.0) or" in first
+    assert "step 2" in second and "inf" in second
+
+
+def test_the_first_step_that_is_not_finite_stops_a_run_that_wants_it_with_its_place_in_the_data():
+    metrics = Metrics(SHAPE, torch.device("cpu"), world_size=1, non_finite="stop")
+    metrics.add(7, batch(), result(), lr=0.5)
+    metrics.add(8, batch(), result(norm=float("nan")), lr=0.5)
+    records = metrics.read()
+    with pytest.raises(UserError, match="step 8, whose data begins at epoch 1, document 2, token 3"):
+        metrics.judge(records)
 
 
 def test_what_came_after_a_checkpoint_and_a_torn_line_are_cut(tmp_path):

@@ -202,6 +202,25 @@ def test_a_rival_that_does_not_fit_is_said_and_the_rest_is_shown(written):
     command.show({**found})
 
 
+def test_parameters_are_counted_before_an_engine_splits_the_experts(traced, monkeypatch):
+    config, _ = configure(["--config", str(traced[0] / "tiny.yaml")])
+    world = World(0, 1, torch.device("cpu"))
+    whole = {}
+
+    def split(model, *args, **kwargs):
+        whole["count"] = sum(each.numel() for each in model.parameters())
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj.data = layer.mlp.experts.down_proj.data[:1]
+        return model
+
+    monkeypatch.setattr(session, "make_engine", split)
+    source = session.open_source(config.data)
+    tokenizer = session.open_tokenizer(config.data, config.model.path, source)
+    made = session.Session(config, world, source, tokenizer, {}, 1, 1, lambda text: None)
+    model, learned = session._engine(session.OURS, made)
+    assert sum(each.numel() for each in model.parameters()) < learned == whole["count"]
+
+
 def test_memory_that_runs_out_in_the_rival_is_its_error_alone(traced, monkeypatch):
     def run(name, *rest):
         if name == session.RIVAL:

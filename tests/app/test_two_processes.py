@@ -1,8 +1,11 @@
 """torchrun --nproc-per-node 2 train.py: the losses of one process, through DeepSpeed, and a resume."""
 
 import json
+import os
+import re
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,56 @@ def test_two_processes_resume_bit_for_bit_from_a_checkpoint_in_the_middle(two):
     shutil.rmtree(two / "checkpoints" / "step-00000008")
     torchrun("--resume", two)
     assert numbers(two) == before
+
+
+KILL = """
+import os, pathlib, runpy, signal, sys, time
+from tilestack.distributed import deepspeed_engine
+forward, calls = deepspeed_engine.StepSums.forward, []
+def killed(sums, *arguments):
+    share = forward(sums, *arguments)
+    calls.append(share)
+    if len(calls) == 5 and os.environ["RANK"] == "1":
+        pathlib.Path(__file__).with_name("died").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)  # between forward and backward of step 5; the checkpoint is of step 4
+    return share
+deepspeed_engine.StepSums.forward = killed
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_killed_rank_ends_the_job_with_its_name_and_the_resumed_run_has_the_losses_of_an_unbroken_one(
+    two, finished, tmp_path
+):
+    source = yaml.safe_load((finished / "config.yaml").read_text())["data"]["source"]
+    script = tmp_path / "killed.py"
+    script.write_text(KILL)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script))
+    options = ("--config", str(write_config(tmp_path, data={"source": source})), "--distributed.zero", "3")
+    process = python(*launcher, *options)
+    _, errors = process.communicate(timeout=300)
+    assert time.time() - float((tmp_path / "died").read_text()) < 60
+    run = only_run(tmp_path)
+    assert process.returncode != 0
+    assert re.search(
+        r"error: rank 1 \(host \S+, process \d+\) died in step 5, whose data begins at epoch 0, doc", errors
+    )
+    assert f"To go on from its last checkpoint: --resume {run}" in errors
+    assert "Connection closed by peer" not in errors, "what gloo says of it says less"
+    resume_as_slurm_tasks(run)
+    assert numbers(run) == numbers(two)
+
+
+def resume_as_slurm_tasks(run: Path) -> None:
+    """What srun starts: no torchrun, the processes know each other by Slurm's variables."""
+    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": str(os.getpid())}
+    tasks = [
+        python("train.py", "--resume", str(run), also=step | {"SLURM_PROCID": rank, "SLURM_LOCALID": rank})
+        for rank in ("0", "1")
+    ]
+    for task in tasks:
+        said, errors = task.communicate(timeout=300)
+        assert task.returncode == 0, f"{said[-2000:]}\n{errors[-4000:]}"
 
 
 @pytest.mark.slow  # the rest of a trace is checked in one process

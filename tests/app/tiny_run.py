@@ -92,12 +92,12 @@ def numbers(run: Path) -> list[tuple]:
     return [tuple(record.get(key) for key in keys) for record in records(run)]
 
 
-def python(*words: str, **options) -> subprocess.Popen:
-    """A Python process of our own, in the repository, alone (not under torchrun)."""
+def python(*words: str, also: dict[str, str] | None = None, **options) -> subprocess.Popen:
+    """A Python process of our own, in the repository, alone (not under torchrun), with these variables also."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (also or {})
     return subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         **options,

@@ -14,6 +14,7 @@ from distributed.tiny import tiny_model
 from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, SettingsError, World, launch
 from tilestack.distributed.deepspeed_settings import deepspeed_settings
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts
+from tilestack.distributed.world import current_world, take_up_slurm
 
 CPU = torch.device("cpu")
 
@@ -65,6 +66,10 @@ def test_several_processes_of_the_local_engine_are_refused(monkeypatch):
     "make, message",
     [
         (lambda: DistributedConfig(zero=4), r"distributed\.zero must be 0, 1, 2 or 3, got 4"),
+        (
+            lambda: DistributedConfig(timeout=0),
+            r"distributed\.timeout must be a finite number of seconds above 0, got 0",
+        ),
         (lambda: DistributedConfig(engine="fsdp"), r"distributed\.engine must be .*, got 'fsdp'"),
         (lambda: OptimizerConfig(lr=-1.0), r"optimizer\.lr must be a finite number of at least 0, got -1\.0"),
         (lambda: OptimizerConfig(eps=float("nan")), r"optimizer\.eps must be a finite number"),
@@ -174,3 +179,55 @@ class TestTheDeepSpeedConfiguration:
     def test_a_missing_file_is_named(self):
         with pytest.raises(ValueError, match="cannot be read: No such file"):
             self.settings(DistributedConfig(deepspeed_config="no/such.json"))
+
+
+class TestTasksOfSlurm:
+    @pytest.fixture
+    def task(self, monkeypatch):
+        """Variables of task 5 of 8; what a test changes in the environment is undone."""
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            monkeypatch.setenv(name, "")  # so that it is as before afterwards
+            monkeypatch.delenv(name)
+        values = {"STEP_NUM_TASKS": 8, "PROCID": 5, "LOCALID": 1, "STEP_NODELIST": "a", "JOB_ID": 70003, "STEP_ID": 2}
+        for name, value in values.items():
+            monkeypatch.setenv(f"SLURM_{name}", str(value))
+        return monkeypatch
+
+    @pytest.mark.parametrize(
+        ("nodes", "first"),
+        [
+            ("gpu[003-006,009],big1", "gpu003"),
+            ("node-a,node-b", "node-a"),
+            ("node-7", "node-7"),
+            ("n[2,4]-ib", "n2-ib"),
+            ("a[1-2],b[3-4]", "a1"),
+        ],
+    )
+    def test_they_meet_on_the_first_node(self, task, nodes, first):
+        task.setenv("SLURM_STEP_NODELIST", nodes)
+        take_up_slurm()
+        assert os.environ["MASTER_ADDR"] == first
+        assert current_world() == World(5, 8, CPU)
+        assert (os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"]) == ("1", "20005")
+
+    def test_a_list_that_cannot_be_read_is_said_with_what_to_set(self, task):
+        task.setenv("SLURM_STEP_NODELIST", "rack[1-2]n[1-4]")
+        with pytest.raises(LaunchError, match="export MASTER_ADDR="):
+            take_up_slurm()
+
+    def test_where_to_meet_may_be_given(self, task):
+        task.setenv("SLURM_STEP_NODELIST", "rack[1-2]n[1-4]")
+        task.setenv("MASTER_ADDR", "head")
+        take_up_slurm()
+        assert os.environ["MASTER_ADDR"] == "head" and current_world().rank == 5
+
+    def test_torchrun_inside_a_task_has_the_say(self, task):
+        task.setenv("RANK", "0")
+        take_up_slurm()
+        assert "WORLD_SIZE" not in os.environ
+
+    def test_a_batch_script_without_srun_is_one_process(self, task):
+        task.delenv("SLURM_STEP_NUM_TASKS")
+        task.setenv("SLURM_NTASKS", "8")
+        take_up_slurm()
+        assert current_world().world_size == 1

@@ -6,6 +6,8 @@ from tiny_qwen3_moe import ours_like, plain_model, tokens
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
+from tilestack.models import cache_name
+
 NEW = 12
 
 
@@ -40,6 +42,18 @@ def test_a_prompt_in_pieces_gives_the_logits_of_the_whole():
         cache = outputs.past_key_values
         pieces.append(outputs.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole)
+
+
+def test_the_cache_has_both_names_of_transformers():
+    ours = ours_like(plain_model()).eval()
+    ids = tokens(1, 6)
+    whole = ours(ids).logits[:, -1]
+    for name in cache_name.NAMES:
+        begun = ours(ids[:, :5], use_cache=True)
+        cache = getattr(begun, cache_name.NAME)
+        torch.testing.assert_close(ours(ids[:, 5:], **{name: cache}).logits[:, -1], whole)
+    with pytest.raises(ValueError, match="give only one"):
+        ours(ids, cache=cache, past_key_values=cache)
 
 
 def test_beam_search_and_sampling_run():

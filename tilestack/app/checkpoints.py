@@ -40,6 +40,8 @@ FREE_KEYS = (
     "model.activation_checkpointing",
     "model.activation_offload",
     "distributed.cuda_graphs",
+    "distributed.timeout",
+    "optimizer.non_finite",
 )
 
 

@@ -6,14 +6,14 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
-from tilestack.app.data.packing import StepBatch
+from tilestack.app.data.packing import Position, StepBatch
 from tilestack.app.errors import UserError
 from tilestack.app.files import write_text
 from tilestack.app.hardware import peak_flops, peak_memory_bytes
@@ -25,6 +25,7 @@ from tilestack.models.flops import training_flops_per_token
 class _Pending:
     step: int
     lr: float
+    begin: Position
     epoch: int
     tokens: int
     flops: float
@@ -50,16 +51,15 @@ class Metrics:
     def add(self, step: int, batch: StepBatch, result: StepResult, lr: float) -> None:
         """Remember step number `step` (from 1); does not wait for the device."""
         flops = batch.tokens * training_flops_per_token(self._model, batch.mean_length)
-        self._pending.append(_Pending(step, lr, batch.position.epoch, batch.tokens, flops, result))
+        self._pending.append(_Pending(step, lr, batch.begin, batch.position.epoch, batch.tokens, flops, result))
 
     def read(self) -> list[dict[str, Any]]:
         """The records of the steps since the last reading; waits for the device.
 
         Keys: step, loss (with the load-balancing loss), aux_loss, grad_norm, lr, epoch, tokens_per_second and mfu (null
         where the peak is unknown) over the steps of this reading, expert_load (largest over mean), memory_gib (peak),
-        seconds (training so far, without evaluation and saving).
-
-        Raises UserError at a gradient that is not finite, if optimizer.non_finite is "stop".
+        seconds (training so far, without evaluation and saving). Where loss or gradient was not finite, so that no
+        weight took the step up, also: skipped (true) and data (where in the data the step began).
         """
         pending, self._pending = self._pending, []
         if not pending:
@@ -70,11 +70,6 @@ class Metrics:
         tokens, flops = sum(each.tokens for each in pending), sum(each.flops for each in pending)
         records = []
         for each, (loss, aux_loss, grad_norm, load) in zip(pending, values, strict=True):
-            if not math.isfinite(grad_norm) and self._non_finite == "stop":
-                raise UserError(
-                    f"the gradient of step {each.step} is not finite (loss {loss}); no weight took it up. "
-                    "Lower optimizer.lr, or set optimizer.non_finite to skip; --resume goes on from the last checkpoint"
-                )
             records.append(
                 {
                     "step": each.step,
@@ -90,7 +85,30 @@ class Metrics:
                     "seconds": round(self._seconds, 3),
                 }
             )
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                records[-1] |= {"skipped": True, "data": asdict(each.begin)}
         return records
+
+    def judge(self, records: list[dict[str, Any]]) -> list[str]:
+        """What to say of the steps that no weight took up. All ranks have the same numbers, and so judge alike.
+
+        Raises UserError at the first of them, if optimizer.non_finite is "stop".
+        """
+        said = []
+        for record in records:
+            if not record.get("skipped"):
+                continue
+            text = (
+                f"step {record['step']}, whose data begins at {Position(**record['data'])}: the loss "
+                f"({record['loss']}) or the gradient (norm {record['grad_norm']}) is not finite; no weight took it up"
+            )
+            if self._non_finite == "stop":
+                raise UserError(
+                    f"{text}. Set optimizer.non_finite to skip to go on without such steps: --resume takes that from "
+                    "the last checkpoint; or start again with a lower optimizer.lr"
+                )
+            said.append(text)
+        return said
 
     def pause(self) -> float:
         """Start the clock anew (after an evaluation or a save); returns the seconds that it ran."""

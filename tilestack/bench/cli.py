@@ -42,6 +42,11 @@ def parser() -> argparse.ArgumentParser:
     traced.add_argument("--layers", type=int, default=4, help="decoder layers of 48")
     traced.add_argument("--batch", type=int, default=2, help="sequences")
     traced.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence")
+    spread = benches.add_parser("distributed", help="whole steps on several GPUs, beside transformers with DeepSpeed")
+    spread.add_argument("--gpus", type=int, default=2, help="GPUs of this machine")
+    spread.add_argument("--layers", type=int, default=4, help="decoder layers of the model that one GPU trains too")
+    spread.add_argument("--large", type=int, default=8, help="decoder layers of the model that needs all GPUs")
+    spread.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
     benches.add_parser("kvcache", help="a decoding step over a cache of keys and values")
     benches.add_parser("fp8", help="what e4m3 products with block scales could bring to the experts")
     benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
@@ -90,6 +95,11 @@ def _run(arguments: argparse.Namespace) -> Path:
         from tilestack.bench import trace
 
         return trace.run(arguments.layers, arguments.batch, arguments.seqlen, arguments.out)
+    if arguments.bench == "distributed":
+        from tilestack.bench import distributed
+
+        chosen = arguments.gpus, arguments.layers, arguments.large, arguments.repeats, arguments.only
+        return distributed.run(*chosen, arguments.out)
     if arguments.bench == "kvcache":
         from tilestack.bench import kvcache
 

@@ -43,6 +43,8 @@ class Row:
     warm_s: the first call of a second process, which finds compiled kernels on the disk.
     error: relative error against the oracle where the benchmark checks one, or why the row could not be measured.
     losses: the first losses of a training run, for `step`.
+    collective_ms, exposed_ms, idle_ms: of a step on several GPUs, how long collectives ran on the GPU, how long nothing
+    else ran beside them, and how long nothing ran at all.
     """
 
     op: str
@@ -61,6 +63,9 @@ class Row:
     warm_s: float | None = None
     error: float | str | None = None
     losses: list[float] | None = None
+    collective_ms: float | None = None
+    exposed_ms: float | None = None
+    idle_ms: float | None = None
 
 
 def write(bench: str, rows: list[Row], ceilings: dict[str, float], folder: Path = FOLDER) -> Path:

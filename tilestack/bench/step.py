@@ -5,8 +5,8 @@ implementation starts from the same weights and sees the same tokens, drawn from
 vocabulary, so that there is something to learn and the router has something to route. Beside the times: the first
 losses of a short training run, the longest sequence that one GPU trains on, and the optimizer's step over its bytes.
 
-Each implementation has a process of its own: Liger-Kernel patches transformers for good, and one that runs out of
-memory must not leave the next one less.
+What is most wanted comes first: a run that is stopped at a time limit keeps the rows that it has. transformers and
+tilestack alternate in one process; Liger-Kernel, which patches transformers for good, and torch.compile have their own.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ ADAMW_BYTES = 28  # a parameter: bf16 gradient read, weight written; float32 mas
 PROBES = (16384, 24576)  # two lengths whose peaks give the memory of a token
 FIRST_TRY = 0.98  # of the length that they predict: a step of that length takes its time, so the first should fit
 LENGTH_MULTIPLE = 4096
+LONGEST_TRIED = 262144  # attention's time grows with the square: a step of this length takes about 20 s
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,13 @@ IMPLEMENTATIONS: dict[str, Callable[[transformers.Qwen3MoeConfig], torch.nn.Modu
     "tilestack": with_tilestack,
     GRAPH: with_tilestack,
 }
-MAIN = ("transformers", "tilestack")  # whose losses and longest sequences are compared
-# what shares a process; the slowest to start come last
-PROCESSES = (("transformers",), ("tilestack", GRAPH), ("liger",), ("transformers-compile",))
+# what shares a process and is measured in it; the most wanted first
+PROCESSES = (
+    (("transformers", "tilestack", GRAPH), ("time", "optimizer")),
+    (("liger",), ("time",)),
+    (("transformers-compile",), ("time",)),
+    (("transformers", "tilestack"), ("longest", "losses")),
+)
 
 
 def build(name: str, case: StepCase, seed: int = 0) -> torch.nn.Module:
@@ -127,13 +132,13 @@ def build(name: str, case: StepCase, seed: int = 0) -> torch.nn.Module:
     return model.train()
 
 
-def zipf_tokens(batch: int, seqlen: int, vocabulary: int, seed: int) -> torch.Tensor:
+def zipf_tokens(batch: int, seqlen: int, vocabulary: int, seed: int, device: str = "cuda") -> torch.Tensor:
     """[batch, seqlen] tokens, rank r with probability proportional to 1 / (r + 10); ranks are shuffled over ids."""
     generator = torch.Generator().manual_seed(seed)
     weights = 1.0 / (torch.arange(vocabulary, dtype=torch.float64) + 10)
     ranks = torch.multinomial(weights, batch * seqlen, replacement=True, generator=generator)
     ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
-    return ids[ranks].view(batch, seqlen).cuda()
+    return ids[ranks].view(batch, seqlen).to(device)
 
 
 def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
@@ -186,15 +191,16 @@ def first_losses(name: str, case: StepCase, steps: int) -> list[Row]:
 
 
 def longest_sequence(name: str, case: StepCase, repeats: int) -> list[Row]:
-    """The longest single sequence whose step fits on the GPU, in multiples of LENGTH_MULTIPLE, and one step's time.
+    """The longest single sequence whose step fits on the GPU, in multiples of LENGTH_MULTIPLE.
 
-    Two short steps give the memory of a token; what they predict is tried, and less while it does not fit.
+    Two short steps give the memory of a token; what they predict is tried, and less while it does not fit, but nothing
+    longer than LONGEST_TRIED.
     """
     model = build(name, case)
     peaks = {seqlen: _peak_gib(model, seqlen) for seqlen in PROBES}
     per_token = (peaks[PROBES[1]] - peaks[PROBES[0]]) / (PROBES[1] - PROBES[0])
     room = torch.cuda.get_device_properties(0).total_memory / 2**30 - 1.0 - peaks[PROBES[0]]  # 1 GiB: CUDA's own
-    multiples = int(FIRST_TRY * (PROBES[0] + room / per_token) / LENGTH_MULTIPLE)
+    multiples = int(min(FIRST_TRY * (PROBES[0] + room / per_token), LONGEST_TRIED) / LENGTH_MULTIPLE)
     while multiples > 0:
         seqlen = multiples * LENGTH_MULTIPLE
         try:
@@ -263,24 +269,25 @@ class Job:
 
 def work(job: Job) -> list[Row]:
     """What a child process does."""
-    try:
-        return KINDS[job.kind](job.implementation, job.case, job.count)
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
+    gc.collect()  # of the job before; one that failed holds its tensors until its exception has been told
+    torch.cuda.empty_cache()
+    return KINDS[job.kind](job.implementation, job.case, job.count)
 
 
-def jobs_of(names: tuple[str, ...], cases: list[StepCase], repeats: int) -> list[Job]:
-    """All that is measured of the implementations of one process: the quickest first."""
-    first = cases[0]
-    jobs = [Job(name, "time", case, repeats) for name in names for case in cases]
-    if "tilestack" in names:
-        jobs.append(Job("tilestack", "optimizer", first, repeats))
-    main = [name for name in names if name in MAIN]
-    jobs += [Job(name, "losses", replace(first, batch=1), LOSS_STEPS) for name in main]
-    for checkpointing in (False, True):
-        longest = replace(first, batch=1, checkpointing=checkpointing)
-        jobs += [Job(name, "longest", longest, 1) for name in main]
+def jobs_of(names: tuple[str, ...], kinds: tuple[str, ...], cases: list[StepCase], repeats: int) -> list[Job]:
+    """All that is measured in one process: kind by kind and case by case, what is compared one after the other."""
+    first = replace(cases[0], batch=1)
+    jobs = []
+    for kind in kinds:
+        if kind == "time":
+            jobs += [Job(name, kind, case, repeats) for case in cases for name in names]
+        elif kind == "optimizer":
+            jobs += [Job(name, kind, cases[0], repeats) for name in names if name == "tilestack"]
+        elif kind == "longest":
+            each = [replace(first, checkpointing=checkpointing) for checkpointing in (False, True)]
+            jobs += [Job(name, kind, case, 1) for case in each for name in names]
+        else:
+            jobs += [Job(name, kind, first, LOSS_STEPS) for name in names]
     return jobs
 
 
@@ -301,9 +308,10 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
     recorder = Recorder("step", limits, folder, describe)
-    for process in PROCESSES:
+    for process, kinds in PROCESSES:
         names = tuple(name for name in process if name in wanted)
-        for job, result in one_after_another(jobs_of(names, cases, repeats), work, PATIENCE_S, fatal_failures=1):
+        jobs = jobs_of(names, kinds, cases, repeats)
+        for job, result in one_after_another(jobs, work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
             error = result if isinstance(result, str) else None
             failed = Row(op, job.case.as_dict(), job.implementation, "step", error=error)

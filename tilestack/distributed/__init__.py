@@ -4,6 +4,7 @@ from tilestack.distributed.checkpoint import CheckpointError, Saving
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 from tilestack.distributed.engine import Engine, StepResult
 from tilestack.distributed.launch import make_engine, start
+from tilestack.distributed.watch import Watch, watch_ranks, watched
 from tilestack.distributed.world import LaunchError, World
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     "Saving",
     "SettingsError",
     "StepResult",
+    "Watch",
     "World",
     "make_engine",
     "start",
+    "watch_ranks",
+    "watched",
 ]

@@ -59,6 +59,8 @@ class DistributedConfig:
     sequence_parallel: so many ranks, neighbours, share each row of tokens (Ulysses); 1 keeps rows whole. Divides the
         number of ranks and of query heads.
     expert_chunks: with expert_parallel, tokens travel in so many parts, each while the experts work on the one before.
+    timeout: seconds after which several processes that get nowhere are ended, and each writes down where it was: of one
+        step, one evaluation, one checkpoint, or one collective before training. The first step compiles kernels.
     cuda_graphs: of the local engine on a GPU: "auto" replays recorded steps where the host would keep the GPU waiting,
         "off" never does. The kernels are the same.
     """
@@ -70,6 +72,7 @@ class DistributedConfig:
     expert_chunks: int = 2
     cuda_graphs: Literal["auto", "off"] = "auto"
     sequence_parallel: int = 1
+    timeout: float = 600.0
 
     def __post_init__(self):
         if self.engine not in ("auto", "local", "deepspeed"):
@@ -78,6 +81,8 @@ class DistributedConfig:
             raise ValueError(f"distributed.cuda_graphs must be 'auto' or 'off', got {self.cuda_graphs!r}")
         if self.zero not in (None, 0, 1, 2, 3):
             raise ValueError(f"distributed.zero must be 0, 1, 2 or 3, got {self.zero!r}")
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"distributed.timeout must be a finite number of seconds above 0, got {self.timeout!r}")
         for name in ("expert_parallel", "expert_chunks", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distributed.{name} must be at least 1, got {getattr(self, name)}")

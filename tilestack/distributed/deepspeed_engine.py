@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
 import os
 import warnings
@@ -36,13 +37,22 @@ from tilestack.distributed.zero_pieces import OptimizerState
 from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
 from tilestack.models.export import Part, write_model
 
+LATER_S = 30.0
 
-def join(world: World) -> None:
-    """Join the other processes, once; a single process without torchrun makes a group of its own."""
+
+def join(world: World, timeout: float) -> None:
+    """Join the other processes, once; a single process without torchrun makes a group of its own.
+
+    timeout: seconds of a collective. `Watch` ends a training after as many seconds of one step, and says more: the
+        collective's own limit is a little later.
+    """
     if dist.is_initialized():
         return
     # DeepSpeed 0.19 calls what torch 2.13 renamed, in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # what NCCL was asked for and has not finished: `Watch` reads it when a rank is stuck
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")  # its name before torch 2.12
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.world_size == 1:
         # DeepSpeed wants these set; the store in memory needs no port, which another program might take first
@@ -51,7 +61,8 @@ def join(world: World) -> None:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     with _quiet():
-        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        limit = datetime.timedelta(seconds=timeout + LATER_S)
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)
 
 
 def _quiet() -> contextlib.AbstractContextManager:

@@ -15,7 +15,7 @@ import torch
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig
 from tilestack.distributed.engine import Engine
 from tilestack.distributed.local import LocalEngine
-from tilestack.distributed.world import LaunchError, World, current_world
+from tilestack.distributed.world import LaunchError, World, current_world, take_up_slurm
 from tilestack.models import Qwen3MoeForCausalLM, Recomputation, Weights, recompute_activations
 from tilestack.models.weights import is_outline
 
@@ -30,6 +30,7 @@ def start(distributed: DistributedConfig) -> World:
 
     Raises LaunchError with what to install or to change.
     """
+    take_up_slurm()
     world = current_world()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -37,7 +38,7 @@ def start(distributed: DistributedConfig) -> World:
         check_deepspeed(world.device)
         from tilestack.distributed.deepspeed_engine import join
 
-        join(world)
+        join(world, distributed.timeout)
     elif world.world_size > 1:
         raise LaunchError(
             f"distributed.engine='local' trains in one process, but {world.world_size} were started; "

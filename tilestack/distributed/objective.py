@@ -49,7 +49,9 @@ class StepSums:
                 self.sums[1] += output.aux_loss / self.micro_batches
                 if output.tokens_per_expert is not None:  # a model that is not ours need not count them
                     self.sums[2:] += output.tokens_per_expert.sum(0)
-        return output.loss
+            # NaN where the loss is not finite, so that the gradient is NaN too: one test, of the norm, serves both
+            sound = output.loss.detach() - output.loss.detach() + 1
+        return output.loss * sound
 
     def result(self, grad_norm: torch.Tensor) -> StepResult:
         """The step's result, from sums that were added up over the ranks."""

@@ -8,6 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_moe import modeling_qwen3_moe as original
 
 from tilestack.kernels import RouterOutput, linear_cross_entropy, qk_norm_rope, rms_norm, router, swiglu
+from tilestack.models.cache_name import takes_cache
 from tilestack.models.projections import project
 from tilestack.models.registration import NAME, autocast, kernels_of
 from tilestack.models.replacement import replaces
@@ -34,7 +35,8 @@ class Qwen3MoeAttention(original.Qwen3MoeAttention):
 
     sequence: ShardedSequence | None = None  # set where each rank has a part of every row
 
-    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+    @takes_cache
+    def forward(self, hidden_states, position_embeddings, attention_mask, cache=None, **kwargs):
         rows = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (each.view(rows) for each in project(hidden_states, self.q_proj, self.k_proj, self.v_proj))
         q, k = qk_norm_rope(
@@ -47,8 +49,8 @@ class Qwen3MoeAttention(original.Qwen3MoeAttention):
             implementation=kernels_of(self).qk_norm_rope,
         )
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))  # views: nothing is copied
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, original.eager_attention_forward
         )

@@ -19,6 +19,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from tilestack.kernels import load_balancing_loss
+from tilestack.models import cache_name
 from tilestack.models.config_v4 import add_v4_keys
 from tilestack.models.enable import enable
 from tilestack.models.kernel_choice import KernelChoice
@@ -56,6 +57,7 @@ class TransformersOwn:
 class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
     sequence: ShardedSequence | None = None  # set where each rank has a part of every row
 
+    @cache_name.takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -63,7 +65,7 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         router_statistics: bool = False,
@@ -72,11 +74,11 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
         """As in transformers; with router_statistics the output carries the statistics of every MoE layer."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        positions = self._positions(hidden, position_ids, past_key_values, kwargs)
-        mask = self._mask(hidden, attention_mask, positions, past_key_values)
+        positions = self._positions(hidden, position_ids, cache, kwargs)
+        mask = self._mask(hidden, attention_mask, positions, cache)
         kwargs["packing"] = self._packing(hidden, mask, position_ids, kwargs)
         position_embeddings = self.rotary_emb(hidden, position_ids=positions)
         token_mask = _token_mask(attention_mask, hidden.shape[1]) if router_statistics else None
@@ -91,7 +93,7 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
                     *((hidden,) if update is None else (hidden, update)),
                     attention_mask=mask,
                     position_ids=positions,
-                    past_key_values=past_key_values,
+                    **{cache_name.NAME: cache},
                     use_cache=use_cache,
                     position_embeddings=position_embeddings,
                     token_mask=token_mask,
@@ -109,7 +111,7 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
         )
         return MoeModelOutput(
             last_hidden_state=self.norm(hidden) if update is None else self.norm(update, residual=hidden)[0],
-            past_key_values=past_key_values,
+            **{cache_name.NAME: cache},
             tokens_per_expert=tokens_per_expert,
             probability_sum=probability_sum,
         )
@@ -123,23 +125,23 @@ class Qwen3MoeModel(TransformersOwn, original.Qwen3MoeModel):
         ours = all(isinstance(each, Qwen3MoeDecoderLayer) and not is_hooked(each) for each in layers)
         return ours and isinstance(self.norm, Qwen3MoeRMSNorm) and not is_hooked(self.norm) and not checkpointing
 
-    def _positions(self, hidden, position_ids, past_key_values, kwargs) -> torch.Tensor:
+    def _positions(self, hidden, position_ids, cache, kwargs) -> torch.Tensor:
         if position_ids is not None:
             return position_ids
         batch, seqlen = hidden.shape[:2]
         if kwargs.get("cu_seq_lens_q") is not None:
             return positions_of(kwargs["cu_seq_lens_q"], batch, seqlen)
-        past = past_key_values.get_seq_length() if past_key_values is not None else 0
+        past = cache.get_seq_length() if cache is not None else 0
         return (torch.arange(seqlen, device=hidden.device) + past).unsqueeze(0)
 
-    def _mask(self, hidden, attention_mask, positions, past_key_values):
+    def _mask(self, hidden, attention_mask, positions, cache):
         windowed = self.config.sliding_window is not None
         make = create_sliding_window_causal_mask if windowed else create_causal_mask
         return make(
             config=self.config,
             inputs_embeds=hidden,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{cache_name.NAME: cache},
             # transformers would look for documents in them, and wait for the device; we do that ourselves
             position_ids=None if self.config._attn_implementation == NAME else positions,
         )
@@ -224,13 +226,14 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
         if is_main_process:
             add_v4_keys(save_directory)
 
+    @cache_name.takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        cache=None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -272,7 +275,7 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            **{cache_name.NAME: cache},
             inputs_embeds=inputs_embeds,
             use_cache=False if labelled and use_cache is None else use_cache,
             output_router_logits=output_router_logits,
@@ -297,7 +300,7 @@ class Qwen3MoeForCausalLM(TransformersOwn, original.Qwen3MoeForCausalLM):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{cache_name.NAME: getattr(outputs, cache_name.NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,

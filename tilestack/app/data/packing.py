@@ -31,6 +31,9 @@ class Position:
     token: place in that document
     """
 
+    def __str__(self) -> str:
+        return f"epoch {self.epoch}, document {self.document}, token {self.token}"
+
     epoch: int = 0
     document: int = 0
     token: int = 0
@@ -45,6 +48,7 @@ class StepBatch:
     tokens: over all ranks
     attended: sum over all pieces of all ranks of their squared lengths, the size of attention
     position: where the next step begins
+    begin: where this one begins
     """
 
     micro_batches: list[MicroBatch]
@@ -52,6 +56,7 @@ class StepBatch:
     tokens: int
     attended: int
     position: Position
+    begin: Position = Position()
 
     @property
     def mean_length(self) -> float:
@@ -83,19 +88,19 @@ class PackedLoader:
     def __iter__(self) -> Iterator[StepBatch]:
         packs = self._packs()
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="data") as reader:
-            upcoming = reader.submit(self._step, packs)
+            upcoming = reader.submit(self._step, packs, self._start)
             while True:
                 step = upcoming.result()
-                upcoming = reader.submit(self._step, packs)
+                upcoming = reader.submit(self._step, packs, step.position)
                 yield step
 
-    def _step(self, packs: Iterator[tuple[list[list[int]], Position]]) -> StepBatch:
+    def _step(self, packs: Iterator[tuple[list[list[int]], Position]], begin: Position) -> StepBatch:
         step = [next(packs) for _ in range(self._micro_batches)]
         labels = sum(len(piece) - 1 for pieces, _ in step for piece in pieces)
         mine = [_pinned(pack(pieces)) | {"num_items": labels} for pieces, _ in step[self._rank :: self._world_size]]
         attended = sum(len(piece) ** 2 for pieces, _ in step for piece in pieces)
         tokens = self._micro_batches * self._data.micro_batch_tokens
-        return StepBatch(mine, labels, tokens, attended, step[-1][1])
+        return StepBatch(mine, labels, tokens, attended, step[-1][1], begin)
 
     def _packs(self) -> Iterator[tuple[list[list[int]], Position]]:
         """Pieces that fill one micro-batch each, with the position after it."""

@@ -94,7 +94,7 @@ def _run(name: str, session: Session, weights: list[torch.Tensor]) -> dict[str, 
     weights: the sums of the weights of the runs before, to which those of this one are added.
     """
     session.progress(f"{name}: building the model")
-    engine = _engine(name, session)
+    engine, learned = _engine(name, session)
     weights.append(sums_of_weights(engine.model))
     if not torch.equal(weights[0], weights[-1]):
         raise AssertionError(f"{name} does not start from the same weights as {OURS}")
@@ -123,19 +123,22 @@ def _run(name: str, session: Session, weights: list[torch.Tensor]) -> dict[str, 
     said("working out who took the time")
     micro_batches = session.config.train.micro_batches
     figures = _figures(recording, seen[-session.steps :], micro_batches, engine, session.limits)
-    return {"name": name, "parameters": parameters(engine.model)} | figures
+    return {"name": name, "parameters": learned} | figures
 
 
-def _engine(name: str, session: Session) -> Engine:
+def _engine(name: str, session: Session) -> tuple[Engine, int]:
+    """The engine of a run, and how many numbers its model learns, of all ranks: the engine may split the experts."""
     config, world = session.config, session.world
     _, data_ranks = config.distributed.data_ranks(world.rank, world.world_size)
     accumulation = config.train.micro_batches // data_ranks
     if name == RIVAL:
-        return LocalEngine(build_plain(config, session.tokenizer, world.device), config.optimizer, accumulation, world)
+        rival = build_plain(config, session.tokenizer, world.device)
+        return LocalEngine(rival, config.optimizer, accumulation, world), parameters(rival)
     model, weights = build(config, session.tokenizer)
+    learned = parameters(model)
     # a replayed step does not say whose its kernels are
     eager = dataclasses.replace(config.distributed, cuda_graphs="off")
-    return make_engine(
+    engine = make_engine(
         model,
         config.optimizer,
         eager,
@@ -144,6 +147,7 @@ def _engine(name: str, session: Session) -> Engine:
         activation_offload=config.model.activation_offload,
         weights=weights,
     )
+    return engine, learned
 
 
 def _figures(

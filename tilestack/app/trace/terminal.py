@@ -11,21 +11,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from tilestack.app.trace import words
 from tilestack.app.trace.attribution import APPLICATION, DISTRIBUTED, KERNELS, LIBRARIES, MODEL, OTHER
-from tilestack.app.trace.words import (
-    SMALL,
-    compared,
-    flops,
-    folder_of,
-    headline,
-    kernel_name,
-    kernels_are,
-    milliseconds,
-    percent,
-    rate,
-    title_of,
-    traffic,
-)  # fmt: skip
 
 COLOURS = {
     APPLICATION: "cyan", DISTRIBUTED: "blue", MODEL: "yellow", KERNELS: "green", LIBRARIES: "magenta", OTHER: "red",
@@ -66,9 +53,9 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     device, limits = found["device"], found["ceilings"]
     console.print(
         f"\n{escape(device['name'])}; in this run a matrix product of {limits['dtype']} reached "
-        f"[bold]{flops(limits['matmul_tflops'])}[/], a copy [bold]{traffic(limits['copy_gbps'])}[/]."
+        f"[bold]{words.flops(limits['matmul_tflops'])}[/], a copy [bold]{words.traffic(limits['copy_gbps'])}[/]."
     )
-    console.print(kernels_are(device["type"]), style="dim")
+    console.print(words.kernels_are(device["type"]), style="dim")
     for run in found["runs"]:
         console.print()
         if "error" in run:
@@ -87,7 +74,7 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
 
 def _head(run: dict[str, Any], width: int) -> Table:
     table = Table(box=None, padding=(0, 2), title=f"[bold]{escape(run['name'])}[/]", expand=True, show_header=False)
-    figures = headline(run)
+    figures = words.headline(run)
     across = len(figures) if width >= WIDE else len(figures) // 2
     for start in range(0, len(figures), across):
         table.add_row(
@@ -112,14 +99,16 @@ def _strip(run: dict[str, Any], width: int, device: str) -> Text:
     for layer in run["layers"]:
         if layer["share"] > 0:
             text.append("■ ", style=COLOURS[layer["layer"]])
-            text.append(f"{title_of(layer['layer'], device)} {percent(layer['share'])}   ", style="dim")
+            text.append(f"{words.title_of(layer['layer'], device)} {words.percent(layer['share'])}   ", style="dim")
     return text
 
 
 def _layer(layer: dict[str, Any], device: str, width: int) -> Panel:
     colour = COLOURS[layer["layer"]]
-    title = f"[bold {colour}]{title_of(layer['layer'], device)}[/]  [dim]{escape(folder_of(layer['layer']))}[/]"
-    subtitle = f"{milliseconds(layer['ms']) or 0} ms, {percent(layer['share']) or '0%'}"
+    title = (
+        f"[bold {colour}]{words.title_of(layer['layer'], device)}[/]  [dim]{escape(words.folder_of(layer['layer']))}[/]"
+    )
+    subtitle = f"{words.milliseconds(layer['ms']) or 0} ms, {words.percent(layer['share']) or '0%'}"
     body: Any = Text("nothing ran here", style="dim")
     if layer["entries"]:
         body = _entries(layer["entries"], colour, width)
@@ -135,30 +124,33 @@ def _entries(entries: list[dict[str, Any]], colour: str, width: int) -> Table:
     columns = _columns(width)
     for name in columns:
         table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    large = [entry for entry in entries if entry["share"] >= SMALL]
+    large = [entry for entry in entries if entry["share"] >= words.SMALL]
     for entry in large:
         who = f"  [{colour}]{escape(entry['implementation'])}[/]" if entry["implementation"] else ""
         again = entry["recompute_ms"]
         cells = {
-            "forward": milliseconds(entry["forward_ms"]),
-            "backward": milliseconds(entry["backward_ms"] + again) + ("*" if again else ""),
-            "ms": f"[bold]{milliseconds(entry['ms'])}[/]",
-            "share": percent(entry["share"]),
+            "forward": words.milliseconds(entry["forward_ms"]),
+            "backward": words.milliseconds(entry["backward_ms"] + again) + ("*" if again else ""),
+            "ms": f"[bold]{words.milliseconds(entry['ms'])}[/]",
+            "share": words.percent(entry["share"]),
             "": f"[{colour}]{'━' * max(1, round(entry['share'] * BAR)):{BAR}}[/]",
-            "rate": rate(entry),
+            "rate": words.rate(entry),
             "of ceiling": "" if entry["of_ceiling"] is None else f"{entry['of_ceiling']:.0%}",
         }
         table.add_row(f"[bold]{escape(entry['what'])}[/]{who}", *(cells[name] for name in columns))
-        shown = [kernel for kernel in entry["kernels"][:MOST_KERNELS] if kernel["share"] >= SMALL]
+        shown = [kernel for kernel in entry["kernels"][:MOST_KERNELS] if kernel["share"] >= words.SMALL]
         for kernel in shown or entry["kernels"][:1]:
-            cells = {"ms": milliseconds(kernel["ms"]), "share": percent(kernel["share"])}
-            name = f"  {kernel['owner']}: {escape(kernel_name(kernel['name']))}"
+            cells = {"ms": words.milliseconds(kernel["ms"]), "share": words.percent(kernel["share"])}
+            name = f"  {kernel['owner']}: {escape(words.kernel_name(kernel['name']))}"
             table.add_row(name, *(cells.get(column, "") for column in columns), style="dim")
     rest = entries[len(large) :]
     if rest:
-        cells = {"ms": milliseconds(sum(each["ms"] for each in rest)), "share": percent(sum(e["share"] for e in rest))}
+        cells = {
+            "ms": words.milliseconds(sum(each["ms"] for each in rest)),
+            "share": words.percent(sum(e["share"] for e in rest)),
+        }
         names = ", ".join(escape(each["what"]) for each in rest)
-        small = f"{len(rest)} below {SMALL:.1%} each: {names}"
+        small = f"{len(rest)} below {words.SMALL:.1%} each: {names}"
         table.add_row(small, *(cells.get(column, "") for column in columns), style="dim")
     return table
 
@@ -171,7 +163,7 @@ def _columns(width: int) -> list[str]:
 
 def _foot(run: dict[str, Any]) -> Group:
     owners = "   ".join(
-        f"{each['owner']} [bold]{milliseconds(each['ms']) or 0}[/] ms ({percent(each['share'])})"
+        f"{each['owner']} [bold]{words.milliseconds(each['ms']) or 0}[/] ms ({words.percent(each['share'])})"
         for each in run["owners"]
     )
     lines = [f"kernels by who wrote them:  {owners}"]
@@ -179,10 +171,9 @@ def _foot(run: dict[str, Any]) -> Group:
         lines.append("[dim]* with what the backward pass computes again (activation checkpointing)[/]")
     for gap in run["gaps"][:2]:
         if gap["ms"] >= LEAST_GAP_MS:
-            lines.append(
-                f"[dim]a gap of {milliseconds(gap['ms'])} ms before {escape(kernel_name(gap['before'], 50))}; "
-                f"the host was in {escape(kernel_name(gap['host'], 50))}[/]"
-            )
+            before, host = (escape(words.kernel_name(gap[which], 50)) for which in ("before", "host"))
+            gone = words.milliseconds(gap["ms"])
+            lines.append(f"[dim]a gap of {gone} ms before {before}; the host was in {host}[/]")
     return Group(*(Text.from_markup(line) for line in lines))
 
 
@@ -194,11 +185,16 @@ def _comparison(runs: list[dict[str, Any]], width: int) -> Panel:
         table.add_column(name, justify="right")
     if width >= WIDE:
         table.add_column("", width=24)
-    for row in compared(runs):
+    for row in words.compared(runs):
         ratio = row["ratio"]
         shown = "" if ratio is None else f"{ratio:.2f}"
         bar = "" if ratio is None else "━" * max(1, min(24, round(ratio * 4)))
         colour = "green" if ratio is None or ratio >= 1 else "red"
-        cells = [escape(row["part"]), milliseconds(row["ours"]), milliseconds(row["theirs"]), f"[{colour}]{shown}[/]"]
+        cells = [
+            escape(row["part"]),
+            words.milliseconds(row["ours"]),
+            words.milliseconds(row["theirs"]),
+            f"[{colour}]{shown}[/]",
+        ]
         table.add_row(*cells, *([f"[{colour}]{bar}[/]"] if width >= WIDE else []))
     return Panel(table, title=f"{ours['name']} beside {theirs['name']}", title_align="left", box=box.ROUNDED)
