@@ -28,8 +28,9 @@ def write_model(model: nn.Module, parts: Iterable[Part], folder: Path) -> None:
     """Write the weights, the index if there are several files, config.json and generation_config.json.
 
     model: whose configuration is written. parts: each parameter's parts in order, on any device; a part is copied
-        before the next is asked for. folder: exists.
+        before the next is asked for. folder: is made if it is not there.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     files, where, waiting = [], {}, {}
     total = size = 0
 
