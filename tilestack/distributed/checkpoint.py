@@ -204,5 +204,5 @@ def _copy(stored: list[_Stored], start: int, target: torch.Tensor) -> None:
 def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None
