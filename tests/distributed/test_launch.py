@@ -185,10 +185,11 @@ class TestTasksOfSlurm:
     @pytest.fixture
     def task(self, monkeypatch):
         """Variables of task 5 of 8; what a test changes in the environment is undone."""
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "")  # so that it is as before afterwards
             monkeypatch.delenv(name)
         values = {"STEP_NUM_TASKS": 8, "PROCID": 5, "LOCALID": 1, "STEP_NODELIST": "a", "JOB_ID": 70003, "STEP_ID": 2}
+        values["STEP_TASKS_PER_NODE"] = "4(x2)"
         for name, value in values.items():
             monkeypatch.setenv(f"SLURM_{name}", str(value))
         return monkeypatch
@@ -209,6 +210,7 @@ class TestTasksOfSlurm:
         assert os.environ["MASTER_ADDR"] == first
         assert current_world() == World(5, 8, CPU)
         assert (os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"]) == ("1", "20005")
+        assert os.environ["LOCAL_WORLD_SIZE"] == "4"
 
     def test_a_list_that_cannot_be_read_is_said_with_what_to_set(self, task):
         task.setenv("SLURM_STEP_NODELIST", "rack[1-2]n[1-4]")
