@@ -306,6 +306,36 @@ def kvcache_table() -> str:
     return "\n".join(kvcache_block(run) for run in _runs("kvcache")) or "Not measured yet.\n"
 
 
+def equality_table() -> str:
+    """How far a training that is split over processes is from that of one."""
+    blocks = []
+    for run in _runs("equality"):
+        lines = [
+            f"{run['device']}, torch {run['versions']['torch']}, {run['date'][:10]}:",
+            "",
+            "| split | processes | dtype | loss | gradient | resumes | takes up one process's | exports |",
+            "|---|---|---|---|---|---|---|---|",
+            *[_equality_line(row) for row in run["rows"]],
+        ]
+        blocks.append("\n".join(lines) + "\n")
+    return "\n".join(blocks) or "Not run yet.\n"
+
+
+def _equality_line(row: dict) -> str:
+    case = row["case"]
+    what = f"| {case['split']} | {case['processes']} | {case['dtype']} |"
+    if "error" in row:
+        return f"{what} {' '.join(row['error'].split()).replace('|', '/')[:80]} | | | | |"
+    errors = [
+        f"{row[f'{name}_error']:.1e} ({row[f'{name}_error_of_one_process']:.1e})" for name in ("loss", "gradient")
+    ]
+    bits = [
+        "to the bit" if row[name] else "**differs**"
+        for name in ("resumed_bit_for_bit", "took_up_one_process_bit_for_bit", "export_bit_for_bit")
+    ]
+    return f"{what} {' | '.join([*errors, *bits])} |"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -316,4 +346,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "kvcache": kvcache_table,
     "moe": lambda: _of_kernel("moe", moe_block),
     "fp8": fp8_table,
+    "equality": equality_table,
 }
