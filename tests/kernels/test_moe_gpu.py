@@ -1,11 +1,15 @@
 """moe on a GPU: random routings, equal bits, offsets beyond 2^31, CUDA graphs."""
 
+import threading
+
 import pytest
 import torch
 
 from tilestack.kernels import load_balancing_loss, moe, router
 from tilestack.kernels.device import Device
 from tilestack.kernels.moe.op import OP
+from tilestack.kernels.moe.sm90_layout import Layout
+from tilestack.kernels.moe.sm90_rows import up
 from tilestack.testing.compare import assert_close, poisoned_memory
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -151,3 +155,23 @@ def test_a_captured_graph_replays_router_and_experts_on_new_tokens(implementatio
         x.copy_(other)
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+@pytest.mark.skipif("tilestack" not in implementations(), reason="is about the Hopper kernels' TMA descriptors")
+def test_a_thread_that_has_not_used_the_gpu_yet_may_launch():
+    tensors, _ = random_problem(torch.Generator().manual_seed(0), torch.bfloat16)
+    x, gate_up, topk_ids = (tensors[name] for name in ("x", "gate_up", "topk_ids"))
+    layout = Layout.of(topk_ids, len(gate_up))
+    found = []
+
+    def call():
+        found.append(up(x, gate_up, layout, topk_ids.shape[1])[0][: layout.routes])
+
+    call()
+    up(x, gate_up, layout, topk_ids.shape[1])  # leaves its memory to the thread, whose first call to CUDA is the launch
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert len(found) == 2, "the thread's call failed"
+    has_route = layout.row_to_route[: layout.routes] >= 0
+    assert torch.equal(found[0][has_route], found[1][has_route])

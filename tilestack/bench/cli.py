@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     step.add_argument("--seqlen", type=int, default=4096, help="tokens of a sequence of the first case")
     step.add_argument("--first-case-only", action="store_true", help="leave out 1 x 4096 and 1 x 32768")
     step.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
+    step.add_argument("--measure", nargs="*", metavar="KIND", help="time, optimizer, longest, losses: these alone")
     for name, what in (
         ("attention", "attention forward and backward over sequence lengths, host time, first calls"),
         ("moe", "a whole MoE block of Qwen3-30B-A3B, beside transformers'"),
@@ -78,7 +79,7 @@ def _run(arguments: argparse.Namespace) -> Path:
 
         shapes = [(arguments.batch, arguments.seqlen), *([] if arguments.first_case_only else [(1, 4096), (1, 32768)])]
         cases = [step.StepCase(layers=arguments.layers, batch=batch, seqlen=seqlen) for batch, seqlen in shapes]
-        return step.run(cases, arguments.only, arguments.repeats, arguments.out)
+        return step.run(cases, arguments.only, arguments.repeats, arguments.out, arguments.measure)
     if arguments.bench == "attention":
         from tilestack.bench import attention
 

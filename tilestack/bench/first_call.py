@@ -19,6 +19,7 @@ def no_compiled_kernels() -> Iterator[None]:
             "TRITON_CACHE_DIR": folder,
             "FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1",  # off by default
             "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR": folder,
+            "QUACK_CACHE_DIR": folder,
         }
         before = {name: os.environ.get(name) for name in caches}
         os.environ.update(caches)

@@ -174,6 +174,7 @@ def moe_block(run: dict) -> str:
     for row in timed:
         key = (row["case"]["tokens"], row["case"]["routing"], row["implementation"])
         found.setdefault(key, {})[row["direction"]] = row
+    found = dict(sorted(found.items(), key=lambda item: item[0][:2]))  # by tokens and routing
     lines = [
         heading(run), "",
         "TFLOP/s (share of the roofline): 6 T K H I forward, 18 in all.", "",

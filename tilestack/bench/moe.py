@@ -3,6 +3,8 @@
 The block is the router's linear layer, the router, sorting, the experts and the weighted sum. Every implementation has
 the same bf16 weights and tokens. "random": logits are standard normal. "skewed": expert number r has -log(r) added to
 its logit, so that the busiest expert gets many times the tokens of the mean.
+
+First calls come first. Then every kernel is compiled, and the shapes follow, the one that matters most first.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,12 +23,13 @@ import torch.nn.functional as F  # noqa: N812
 from tilestack.bench import moe_check, moe_sonic
 from tilestack.bench.first_call import no_compiled_kernels, seconds_of
 from tilestack.bench.isolated import PATIENCE_S, one_after_another, side_by_side
-from tilestack.bench.results import FOLDER, Row, write
+from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.timing import ceilings, measure
 from tilestack.kernels import moe, ops, router
 from tilestack.kernels.device import Device
 
-TOKENS = (4096, 16384, 32768)
+TOKENS = (16384, 4096, 32768)  # the one that matters most first
+COLD_TOKENS = 4096
 ROUTINGS = ("random", "skewed")
 BUDGET_MS = 150.0
 
@@ -49,11 +53,15 @@ class MoeCase:
 
 @dataclass(frozen=True)
 class Job:
-    """first: the first call of a process instead of the speed."""
+    """kind: "speed", "first" (the first call of a process) or "compile" (a call of everything, untimed).
+
+    candidate: of SonicMoE's, the one to compile.
+    """
 
     case: MoeCase
     implementation: str
-    first: bool = False
+    kind: str = "speed"
+    candidate: int | None = None
 
 
 def flops(case: dict, direction: str) -> float:
@@ -118,13 +126,13 @@ def make(case: MoeCase, device: str, seed: int = 0) -> Problem:
     return Problem(x, dout, gate, gate_up, down, case.top_k)
 
 
-def block(problem: Problem, implementation: str) -> Callable[[], torch.Tensor]:
+def block(problem: Problem, implementation: str, candidate: int | None = None) -> Callable[[], torch.Tensor]:
     """The block as a function without arguments: [T, H]."""
     if implementation == "transformers":
         module = transformers_block(problem)
         return lambda: module(problem.x[None])[0]
     if implementation == "sonic-moe":
-        return moe_sonic.block(problem)
+        return moe_sonic.block(problem, candidate)
     return lambda: _tilestack(problem, implementation)
 
 
@@ -174,8 +182,8 @@ def _problem(case: MoeCase) -> tuple[Problem, moe_check.Truth]:
 
 
 def work(job: Job) -> list[Row]:
-    """One job, in a child process: check, then time."""
-    return _first(job) if job.first else _speed(job)
+    """One job, in a child process."""
+    return {"speed": _speed, "first": _first, "compile": _compile}[job.kind](job)
 
 
 def _first(job: Job) -> list[Row]:
@@ -191,6 +199,23 @@ def _speed(job: Job) -> list[Row]:
     call = block(problem, job.implementation)
     errors = truth.check(problem, call)
     _free()
+    forward, both = _directions(problem, call)
+    return [
+        _timed(job, "forward", forward, errors["out"]),
+        _timed(job, "both", both, max(errors.values())),
+    ]
+
+
+def _compile(job: Job) -> list[Row]:
+    problem = make(job.case, "cuda")
+    for direction in _directions(problem, block(problem, job.implementation, job.candidate)):
+        direction()
+    torch.cuda.synchronize()
+    return []
+
+
+def _directions(problem: Problem, call: Callable[[], torch.Tensor]) -> tuple[Callable, Callable]:
+    """The forward alone, without gradients, and forward and backward."""
 
     def forward() -> torch.Tensor:
         with torch.no_grad():
@@ -199,10 +224,7 @@ def _speed(job: Job) -> list[Row]:
     def both() -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(call(), problem.leaves, problem.dout)
 
-    return [
-        _timed(job, "forward", forward, errors["out"]),
-        _timed(job, "both", both, max(errors.values())),
-    ]
+    return forward, both
 
 
 def _timed(job: Job, direction: str, call: Callable, error: float) -> Row:
@@ -222,8 +244,9 @@ def _free() -> None:
 
 
 def cases(quick: bool = False) -> list[MoeCase]:
-    """Every shape; with `quick` one."""
-    return [MoeCase(16384)] if quick else [MoeCase(t, routing) for t in TOKENS for routing in ROUTINGS]
+    """Every shape, even routing before skewed; with `quick` one."""
+    every = [MoeCase(tokens, routing) for routing in ROUTINGS for tokens in TOKENS]
+    return every[:1] if quick else every
 
 
 def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDER) -> Path:
@@ -231,20 +254,24 @@ def run(quick: bool = False, only: list[str] | None = None, folder: Path = FOLDE
     limits = ceilings()
     _free()
     print(f"ceilings: {limits}", flush=True)
+    recorder = Recorder("moe", limits, folder, functools.partial(describe, limits=limits))
     names = [name for name in implementations() if only is None or name in only]
-    rows = []
     with no_compiled_kernels():
         for row in _all_rows(names, cases(quick)):
-            rows.append(row)
-            print(describe(row, limits), flush=True)
-    return write("moe", rows, limits, folder)
+            recorder.add(row)
+    return recorder.finish()
 
 
 def _all_rows(names: list[str], chosen: list[MoeCase]) -> Iterator[Row]:
-    yield from first_calls(names)
-    slow = [name for name in names if name == "sonic-moe"]  # in processes of its own: it may compile for minutes
+    """SonicMoE comes last, in processes of its own, without first calls: it may compile for minutes."""
+    slow = [name for name in names if name == "sonic-moe"]
     quick = [name for name in names if name not in slow]
     for group, patience in ((quick, PATIENCE_S), (slow, moe_sonic.PATIENCE_S)):
+        if not group:
+            continue
+        if group is quick:
+            yield from first_calls(group)
+        compile_ahead(chosen, group, patience)
         jobs = [Job(case, name) for case in chosen for name in group]
         for job, result in one_after_another(jobs, work, patience):
             yield from _rows(job, result)
@@ -252,11 +279,28 @@ def _all_rows(names: list[str], chosen: list[MoeCase]) -> Iterator[Row]:
 
 def first_calls(names: list[str]) -> Iterator[Row]:
     """Rows of the first call in a new process, with and without compiled kernels on the disk."""
-    jobs = [[Job(MoeCase(TOKENS[0]), name, first=True)] for name in names]
-    patience = moe_sonic.PATIENCE_S if "sonic-moe" in names else PATIENCE_S
-    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work, patience)] for _ in range(2))
+    jobs = [[Job(MoeCase(COLD_TOKENS), name, "first")] for name in names]
+    cold, warm = ([_rows(job, result)[0] for job, result in side_by_side(jobs, work)] for _ in range(2))
     for row, again in zip(cold, warm, strict=True):
         yield dataclasses.replace(row, warm_s=again.cold_s, error=row.error or again.error)
+
+
+def compile_ahead(chosen: list[MoeCase], names: list[str], patience: float) -> None:
+    """Fill the caches on the disk, with a process for each name (SonicMoE: for each candidate).
+
+    What fails here fails again where it is timed, and is a row there.
+    """
+    started = time.perf_counter()
+    counts = sorted({case.tokens for case in chosen})
+    candidates = [
+        (name, each)
+        for name in names
+        for each in (range(len(moe_sonic.CANDIDATES)) if name == "sonic-moe" else (None,))
+    ]
+    jobs = [[Job(MoeCase(tokens), name, "compile", each) for tokens in counts] for name, each in candidates]
+    for _ in side_by_side(jobs, work, patience):
+        pass
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
 
 
 def _rows(job: Job, result: list[Row] | str) -> list[Row]:

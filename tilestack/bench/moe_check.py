@@ -27,7 +27,7 @@ Tensors = dict[str, torch.Tensor]
 class Truth:
     """tokens: the sampled ones [N]; experts: the sampled ones; dout [T, H], 0 where routing is a tie.
 
-    exact, eager: by NAMES, out and dx [N, H] of the tokens, dgate_up and ddown of the experts, on the CPU.
+    exact, eager: by NAMES, out and dx [N, H] of the tokens, dgate_up and ddown of the experts.
     """
 
     tokens: torch.Tensor
@@ -45,7 +45,7 @@ class Truth:
         found |= {"dgate_up": dgate_up[self.experts], "ddown": ddown[self.experts]}
         errors = {}
         for name in NAMES:
-            error, _ = assert_close(name, found[name].cpu(), self.eager[name], self.exact[name])
+            error, _ = assert_close(name, found[name], self.eager[name], self.exact[name])
             errors[name] = error / self.exact[name].square().mean().sqrt().item()
         return errors
 
@@ -81,7 +81,7 @@ def _sampled(problem, logits, ids, dout, tokens, experts, wide: bool) -> Tensors
     (dx,) = torch.autograd.grad(out, x, of(dout[tokens]))
     gradients = [_of_expert(problem, logits, ids, dout, expert, of) for expert in experts]
     found = (out.detach(), dx, *(torch.stack(each) for each in zip(*gradients, strict=True)))
-    return {name: tensor.cpu() for name, tensor in zip(NAMES, found, strict=True)}
+    return dict(zip(NAMES, found, strict=True))
 
 
 def _of_expert(problem, logits, ids, dout, expert: int, of: Callable) -> tuple[torch.Tensor, torch.Tensor]:

@@ -147,28 +147,33 @@ def _step(model: torch.nn.Module, tokens: torch.Tensor) -> None:
     model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
 
 
-def _recorded_step(model: torch.nn.Module, tokens: torch.Tensor) -> Callable[[], None]:
-    """Replays the step; each replay writes the gradients anew."""
+def _recorded_step(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[Callable[[], None], float]:
+    """What replays the step (each replay writes the gradients anew), and the GiB that recording it allocated at most.
+
+    A replay allocates nothing: the graph keeps the memory that its kernels use.
+    """
     for _ in range(2):  # compiles
         _step(model, tokens)
     model.zero_grad(set_to_none=True)
     gc.collect()
     torch.cuda.empty_cache()
-    return Recorded(lambda: _step(model, tokens), torch.cuda.graph_pool_handle()).replay
+    torch.cuda.reset_peak_memory_stats()
+    recorded = Recorded(lambda: _step(model, tokens), torch.cuda.graph_pool_handle())
+    return recorded.replay, torch.cuda.max_memory_allocated() / 2**30
 
 
 def time_step(name: str, case: StepCase, repeats: int) -> list[Row]:
     """Median time of forward, loss and backward."""
     model = build(name, case)
     tokens = zipf_tokens(case.batch, case.seqlen, model.config.vocab_size, seed=1)
-    call = _recorded_step(model, tokens) if name == GRAPH else lambda: _step(model, tokens)
+    call, recorded_gib = _recorded_step(model, tokens) if name == GRAPH else (lambda: _step(model, tokens), 0.0)
     timing = measure(call, repeats)
     n_tokens = case.batch * case.seqlen
     flops = training_flops_per_token(model.config, case.seqlen) * n_tokens
     row = Row(
         op="step", case=case.as_dict(), implementation=name, direction="step",
         ms_median=timing.median, ms_min=timing.low, ms_max=timing.high,
-        tflops=flops / timing.median / 1e9, peak_gib=timing.peak_gib,
+        tflops=flops / timing.median / 1e9, peak_gib=max(timing.peak_gib, recorded_gib),
         tokens_per_s=n_tokens / timing.median * 1e3, overhead_us=timing.overhead_us, cold_s=timing.cold_s,
     )  # fmt: skip
     return [row]
@@ -292,25 +297,29 @@ def jobs_of(names: tuple[str, ...], kinds: tuple[str, ...], cases: list[StepCase
 
 
 def run(
-    cases: list[StepCase], implementations: list[str] | None = None, repeats: int = 20, folder: Path = FOLDER
+    cases: list[StepCase],
+    implementations: list[str] | None = None,
+    repeats: int = 20,
+    folder: Path = FOLDER,
+    kinds: list[str] | None = None,
 ) -> Path:
-    """Time every implementation on every case; prints, and writes the result file, as it goes.
+    """Measure every implementation; prints, and writes the result file, as it goes.
 
-    Raises ValueError for a name that is no implementation.
+    implementations, kinds: names of IMPLEMENTATIONS and KINDS, None for all.
+
+    Raises ValueError for a name that is none of them.
     """
-    wanted = implementations or list(IMPLEMENTATIONS)
-    unknown = [name for name in wanted if name not in IMPLEMENTATIONS]
-    if unknown:
-        raise ValueError(f"bench step: {unknown[0]!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    wanted = _known(implementations, IMPLEMENTATIONS)
+    measured = _known(kinds, KINDS)
     limits = ceilings()
     torch.cuda.empty_cache()
     # for the children: whatever lies between two tensors is lost to the longest sequence
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
     recorder = Recorder("step", limits, folder, describe)
-    for process, kinds in PROCESSES:
+    for process, of_process in PROCESSES:
         names = tuple(name for name in process if name in wanted)
-        jobs = jobs_of(names, kinds, cases, repeats)
+        jobs = jobs_of(names, tuple(kind for kind in of_process if kind in measured), cases, repeats)
         for job, result in one_after_another(jobs, work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
             error = result if isinstance(result, str) else None
@@ -318,6 +327,13 @@ def run(
             for row in [failed] if error else result:
                 recorder.add(row)
     return recorder.finish()
+
+
+def _known(names: list[str] | None, known: dict[str, object]) -> list[str]:
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        raise ValueError(f"bench step: {unknown[0]!r} is not one of {', '.join(map(repr, known))}")
+    return list(names or known)
 
 
 def describe(row: Row) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 
+import torch
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
@@ -260,8 +262,16 @@ _DESCRIPTOR_DEFAULTS = {
 }
 
 
+_THREAD = threading.local()
+
+
 def tensor_descriptor(tensor, block: list[int], width: int = 128) -> TensorDescriptor:
     """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes."""
+    if not hasattr(_THREAD, "has_context") and tensor.device.type == "cuda":
+        # The driver encodes a descriptor in the thread's context, which a thread that has launched nothing yet lacks
+        # (autograd has such). Any call of the runtime gives it one; this one may stand in a graph's capture.
+        torch.cuda.mem_get_info(tensor.device)
+        _THREAD.has_context = True
     layout = swizzled(8 * tensor.element_size(), len(block), width)
     described = object.__new__(TensorDescriptor)  # its own checks take longer than the driver, which checks again
     described.__dict__ = _DESCRIPTOR_DEFAULTS | {

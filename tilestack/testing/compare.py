@@ -123,7 +123,7 @@ def assert_close(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torc
         assert torch.equal(ours.cpu(), exact.to(ours.dtype).cpu()), f"{name}: integers differ"
         return 0.0, 0.0
     unit, float32_unit = torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps
-    ours, eager = ours.cpu().double(), eager.cpu().double()
+    ours, eager = ours.to(exact.device).double(), eager.to(exact.device).double()
     finite = torch.isfinite(exact)
     assert torch.equal(ours[~finite], exact[~finite]), f"{name}: infinities are not where the oracle has them"
     assert torch.isfinite(ours[finite]).all(), f"{name}: not finite, or never written"

@@ -67,9 +67,9 @@ def moe_row_blocks_kernel(
 @triton.jit
 def _add_product(acc, a, b):
     """acc + a @ b. In float32 the product is summed for itself: as one long chain of multiply-adds, every step of the
-    whole sum would round at its full size."""
+    whole sum would round at its full size. (Triton makes that chain of `acc + dot`, but not of a difference.)"""
     if a.dtype == tl.float32:
-        return acc + tl.dot(a, b, input_precision="ieee")
+        return acc - tl.dot(-a, b, input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
 
