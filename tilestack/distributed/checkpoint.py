@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,29 +48,30 @@ class Piece:
 class Saving:
     """A rank's part of a checkpoint at one moment: views of what trains, or copies of them.
 
+    pieces: gives them one after the other; a piece need not outlive the next.
     state: the engine's numbers, which one rank writes; None on the others.
     """
 
     rank: int
-    pieces: list[Piece]
+    pieces: Callable[[], Iterable[Piece]]
     state: dict[str, Any] | None
 
     @property
     def nbytes(self) -> int:
         """What `copied` takes of the host's memory."""
-        return sum(tensor.nbytes for piece in self.pieces for tensor in piece.tensors.values())
+        return sum(tensor.nbytes for piece in self.pieces() for tensor in piece.tensors.values())
 
     def copied(self) -> Saving:
         """The same in host memory of its own: training may go on while it is written. Waits for the device."""
         pieces = [
             Piece(each.name, each.start, {kind: t.detach().to("cpu", copy=True) for kind, t in each.tensors.items()})
-            for each in self.pieces
+            for each in self.pieces()
         ]
-        return Saving(self.rank, pieces, self.state)
+        return Saving(self.rank, lambda: pieces, self.state)
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, which exists, and bring it to the disk; the application makes the folder appear."""
-        write_pieces(folder, self.rank, self.pieces)
+        write_pieces(folder, self.rank, self.pieces())
         if self.state is not None:
             path = folder / "engine.json"
             path.write_text(json.dumps(self.state, indent=2) + "\n", encoding="utf-8")

@@ -186,7 +186,7 @@ class DeepSpeedEngine:
     def saving(self) -> Saving:
         state, dtype = self._state(), next(self.model.parameters()).dtype
         # without ZeRO every rank has the same
-        pieces = list(state.pieces()) if self.stage > 0 or self.rank == 0 else []
+        pieces = state.pieces if self.stage > 0 or self.rank == 0 else tuple
         ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
         found = numbers(dtype, state.updates, {"engine": "deepspeed"} | ranks)
         return Saving(self.rank, pieces, found if self.rank == 0 else None)

@@ -182,7 +182,7 @@ class LocalEngine:
 
     def saving(self) -> Saving:
         found = numbers(self._dtype(), self.updates, {"engine": "local", "world_size": 1})
-        return Saving(self.rank, list(self._pieces()), found)
+        return Saving(self.rank, self._pieces, found)
 
     def save(self, folder: Path) -> None:
         self.saving().write(Path(folder))
