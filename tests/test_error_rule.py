@@ -133,3 +133,42 @@ def test_integers_must_be_equal():
 
     with pytest.raises(AssertionError, match="^order: integers differ"):
         _check(OpCases("order", call, differentiable=(), cases=()))
+
+
+def _few_numbers(change):
+    """An op with an output of two numbers; the implementation's differ by `change` of the tensors."""
+
+    def call(tensors, arguments, implementation):
+        out = tensors["x"].mean(0)[:2]
+        return {"out": out if implementation == "reference" else change(out, tensors["x"])}
+
+    return OpCases("mean", call, differentiable=(), cases=())
+
+
+def test_bad_luck_with_a_few_numbers_is_judged_over_many_draws():
+    unlucky = _make(torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))["x"][0, 0]
+
+    def far_off_once(out, x):
+        return out + 1e-5 * (x[0, 0] == unlucky)
+
+    def somewhat_off_each_time(out, x):
+        return out + 1e-5
+
+    unit = torch.finfo(torch.float32).eps
+    with pytest.raises(AssertionError, match="over the budget"):
+        _check(_few_numbers(somewhat_off_each_time))
+    with pytest.raises(AssertionError, match="largest error"):  # once is still too often, if it is by far
+        _check(_few_numbers(far_off_once))
+    assert _check(_few_numbers(lambda out, x: out + 2 * unit * out.abs().amax() * (x[0, 0] == unlucky)))
+
+
+def test_many_numbers_get_no_second_draw():
+    draws = []
+
+    def make(dtype, device, generator):
+        draws.append(generator.initial_seed())
+        return _make(dtype, device, generator)
+
+    with pytest.raises(AssertionError, match="out"):
+        check(_op(_wrong_scale), Case("planted", "", make), "planted", torch.float32, torch.device("cpu"))
+    assert draws == [0]

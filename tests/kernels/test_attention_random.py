@@ -1,9 +1,12 @@
 """A few of the random calls of tilestack/testing/random_attention.py; the program itself runs a thousand on a GPU."""
 
+import json
+
 import pytest
 import torch
 
 from tilestack.testing import random_attention
+from tilestack.testing.compare import errors
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEEDS, LONGEST = (range(96), 600) if DEVICE.type == "cuda" else ((9, 25, 27, 33), 24)
@@ -36,3 +39,36 @@ def test_a_seed_makes_the_same_call_each_time(seed):
     made = [each.make(dtype, torch.device("cpu"), torch.Generator().manual_seed(seed)) for each in (first, second)]
     for name, tensor in made[0].items():
         assert tensor is None or torch.equal(tensor, made[1][name])
+
+
+def test_several_processes_share_the_seeds_and_none_is_left_out(monkeypatch):
+    seen = []
+
+    def collect(seeds, *_):
+        seen.extend(seeds)
+        return random_attention.Report()
+
+    monkeypatch.setattr(random_attention, "collect", collect)
+    for part in range(7):
+        random_attention.Job(range(100, 300), part, 7, 24, ("tilestack-triton",), None).run()
+    assert sorted(seen) == list(range(100, 300))
+
+
+def test_calls_that_a_time_limit_leaves_out_are_counted_in_the_record(tmp_path):
+    record = tmp_path / "random.json"
+    assert random_attention.main(["--cases", "5", "--seconds", "0", "--record", str(record)]) == 0
+    found = json.loads(record.read_text())
+    assert found["not_reached"] == 5 and not found["calls"]
+
+
+def test_errors_that_are_added_up_are_judged_as_those_of_one_tensor():
+    generator = torch.Generator().manual_seed(0)
+    exact = torch.randn(2, 50, generator=generator, dtype=torch.float64)
+    ours, eager = (exact + 1e-3 * scale * torch.randn(2, 50, generator=generator) for scale in (1.0, 0.8))
+    whole = errors("whole", ours, eager, exact)
+    parts = [errors("part", *each) for each in zip(ours, eager, exact, strict=True)]
+    added = parts[0] + parts[1]
+    assert (added.numbers, added.count, added.largest) == (100, 100, whole.largest)
+    assert added.squares == pytest.approx(whole.squares)
+    with pytest.raises(AssertionError, match="root mean square|largest"):
+        (added + errors("off", exact[0] * 1.1, exact[0], exact[0])).judge("all", torch.float64)

@@ -49,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
     spread.add_argument("--large", type=int, default=8, help="decoder layers of the model that needs all GPUs")
     spread.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
     benches.add_parser("kvcache", help="a decoding step over a cache of keys and values")
+    trust = benches.add_parser("trust", help="which of the checks pass on this GPU")
+    trust.add_argument("--only", nargs="*", metavar="CHECK", help="these checks alone")
+    trust.add_argument("--seconds", type=float, help="of a check: what has not begun by then is left out, and counted")
+    trust.add_argument("--workers", type=int, default=8, help="processes that share the GPU")
+    trust.add_argument(
+        "--merge", nargs="*", type=Path, metavar="FILE", help="put these result files' rows in (needs no GPU)"
+    )
     benches.add_parser("fp8", help="what e4m3 products with block scales could bring to the experts")
     benches.add_parser("tables", help="rewrite the tables of README and docs from the result files (needs no GPU)")
     return top
@@ -62,6 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
         for path in rewrite():
             print(f"rewrote {path}")
+        return 0
+    if arguments.bench == "trust" and arguments.merge:
+        from tilestack.bench import trust
+
+        for path in trust.merge(arguments.merge, arguments.out):
+            print(f"wrote {path}")
         return 0
     if not torch.cuda.is_available():
         print("tilestack bench: no GPU on this machine; a benchmark here would time Triton's interpreter")
@@ -105,6 +118,11 @@ def _run(arguments: argparse.Namespace) -> Path:
         from tilestack.bench import kvcache
 
         return kvcache.run(arguments.repeats, arguments.out)
+    if arguments.bench == "trust":
+        from tilestack.bench import trust
+
+        budget = trust.Budget(arguments.seconds, arguments.workers)
+        return trust.run(arguments.only, budget, arguments.commit, arguments.out)
     if arguments.bench == "fp8":
         from tilestack.bench import fp8
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from transformers import Qwen3MoeConfig
 
-from tilestack.bench.results import machine
+from tilestack.bench.results import record, save
 from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
 from tilestack.distributed.engine import Engine, MicroBatch
 from tilestack.models import drawn, pretrained
@@ -238,8 +238,34 @@ def report(folder: Path, result: Path) -> None:
     rows = [row(folder, name, dtype) for name in ("alone", *names) for dtype in DTYPES]
     for each in rows:
         print(json.dumps(each), flush=True)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    result.write_text(json.dumps({"bench": "equality"} | machine() | {"ceilings": {}, "rows": rows}, indent=1) + "\n")
+    save(record("equality", rows, {}), result)
+
+
+def block(run: dict) -> str:
+    """The table of a result file."""
+    lines = [
+        f"{run['device']}, torch {run['versions']['torch']}, {run['date'][:10]}:",
+        "",
+        "| split | processes | dtype | loss | gradient | resumes | takes up one process's | exports |",
+        "|---|---|---|---|---|---|---|---|",
+        *map(_line, run["rows"]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: dict) -> str:
+    case = row["case"]
+    what = f"| {case['split']} | {case['processes']} | {case['dtype']} |"
+    if "error" in row:
+        return f"{what} {' '.join(row['error'].split()).replace('|', '/')[:80]} | | | | |"
+    errors = [
+        f"{row[f'{name}_error']:.1e} ({row[f'{name}_error_of_one_process']:.1e})" for name in ("loss", "gradient")
+    ]
+    bits = [
+        "to the bit" if row[name] else "**differs**"
+        for name in ("resumed_bit_for_bit", "took_up_one_process_bit_for_bit", "export_bit_for_bit")
+    ]
+    return f"{what} {' | '.join([*errors, *bits])} |"
 
 
 def _wait() -> None:

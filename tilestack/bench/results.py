@@ -71,24 +71,30 @@ class Row:
 def write(bench: str, rows: list[Row], ceilings: dict[str, float], folder: Path = FOLDER) -> Path:
     """Write the run's file, atomically, and return its path: <folder>/<bench>/<gpus>x<device>.json."""
     gpus = max((row.case.get("gpus", 1) for row in rows), default=1)
-    path = folder / bench / f"{gpus}x{short_device()}.json"
     rounded = [{key: _rounded(value) for key, value in dataclasses.asdict(row).items()} for row in rows]
-    record = {"bench": bench} | machine() | {"ceilings": ceilings, "rows": rounded}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(partial, path)
-    return path
+    return save(record(bench, rounded, ceilings), folder / bench / f"{gpus}x{short_device()}.json")
 
 
-def machine() -> dict[str, Any]:
-    """What every result file says of where and when it was made."""
+def record(bench: str, rows: list[dict[str, Any]], ceilings: dict[str, float]) -> dict[str, Any]:
+    """A result file's content: the rows, and what they were measured with."""
     return {
+        "bench": bench,
         "device": device_name(),
         "versions": versions(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "ceilings": ceilings,
+        "rows": rows,
     }
+
+
+def save(content: dict[str, Any], path: Path) -> Path:
+    """Write a result file, atomically; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+    return path
 
 
 class Recorder:

@@ -9,12 +9,14 @@ A table stands between two markers and is replaced as a whole:
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
 from tilestack.bench.results import FOLDER, ROOT, read
+from tilestack.kernels import ops
 
 FIGURES = ROOT / "docs" / "figures"
 MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -306,34 +308,18 @@ def kvcache_table() -> str:
     return "\n".join(kvcache_block(run) for run in _runs("kvcache")) or "Not measured yet.\n"
 
 
+def trust_table(op: str | None = None) -> str:
+    """Which checks passed on a GPU, of one op or of all, a table for each machine."""
+    from tilestack.bench.trust import block
+
+    return "\n".join(block(run, op) for run in _runs("trust")) or "Not run yet.\n"
+
+
 def equality_table() -> str:
     """How far a training that is split over processes is from that of one."""
-    blocks = []
-    for run in _runs("equality"):
-        lines = [
-            f"{run['device']}, torch {run['versions']['torch']}, {run['date'][:10]}:",
-            "",
-            "| split | processes | dtype | loss | gradient | resumes | takes up one process's | exports |",
-            "|---|---|---|---|---|---|---|---|",
-            *[_equality_line(row) for row in run["rows"]],
-        ]
-        blocks.append("\n".join(lines) + "\n")
-    return "\n".join(blocks) or "Not run yet.\n"
+    from tilestack.bench.equality import block
 
-
-def _equality_line(row: dict) -> str:
-    case = row["case"]
-    what = f"| {case['split']} | {case['processes']} | {case['dtype']} |"
-    if "error" in row:
-        return f"{what} {' '.join(row['error'].split()).replace('|', '/')[:80]} | | | | |"
-    errors = [
-        f"{row[f'{name}_error']:.1e} ({row[f'{name}_error_of_one_process']:.1e})" for name in ("loss", "gradient")
-    ]
-    bits = [
-        "to the bit" if row[name] else "**differs**"
-        for name in ("resumed_bit_for_bit", "took_up_one_process_bit_for_bit", "export_bit_for_bit")
-    ]
-    return f"{what} {' | '.join([*errors, *bits])} |"
+    return "\n".join(map(block, _runs("equality"))) or "Not run yet.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -347,4 +333,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "moe": lambda: _of_kernel("moe", moe_block),
     "fp8": fp8_table,
     "equality": equality_table,
+    "trust": trust_table,
+    **{f"trust_{op}": functools.partial(trust_table, op) for op in (*ops(), "flash_attn", "model")},
 }

@@ -1,7 +1,7 @@
 """The rule that decides whether an implementation is right.
 
-The oracle is the reference in float64 on the CPU. The honest competitor is the reference in the dtype under test, on
-the same device ("eager"). An implementation passes if, for every output and every gradient,
+The oracle is the reference in float64, on the same device. The honest competitor is the reference in the dtype under
+test, on the same device ("eager"). An implementation passes if, for every output and every gradient,
 
     error(implementation, oracle) <= 2 * error(eager, oracle) + rounding
 
@@ -9,11 +9,15 @@ both for the largest error and for the root mean square. `rounding` is what comp
 it may cost even where eager was lucky: of the largest value one unit in the last place; in the root mean square, of
 every value half a unit and one unit of float32. It is the second that sees a wrong scale of 1% in bf16, whose unit is
 0.8%. Of a single number (a loss) there is no average, so only the largest error counts.
+
+Of a few numbers (the gradients of a head's sink) chance decides whose error is twice whose. Where they break the rule,
+the case is drawn anew some times, and the rule is asked of all draws together, the first among them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -93,55 +97,104 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def to_oracle(tensors: Tensors) -> Tensors:
-    """The same inputs in float64 on the CPU."""
+    """The same inputs in float64."""
     return {
-        name: tensor.cpu().double() if torch.is_tensor(tensor) and tensor.is_floating_point()
-        else tensor.cpu() if torch.is_tensor(tensor) else tensor
+        name: tensor.double() if torch.is_tensor(tensor) and tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
-    }  # fmt: skip
+    }
+
+
+FEW = 64  # numbers of a tensor, about which chance decides
+DRAWS = 16
 
 
 def check(
     op: OpCases, case: Case, implementation: str, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> dict:
+) -> dict[str, tuple[float, float]]:
     """Run the case and assert the rule. Returns {name: (error, eager's error)} for reports."""
-    tensors = case.make(dtype, device, torch.Generator().manual_seed(seed))
-    exact = evaluate(op, case, to_oracle(tensors), "reference")
-    eager = evaluate(op, case, tensors, "reference")
-    ours = evaluate(op, case, tensors, implementation)
-    assert ours.keys() == exact.keys()
-    return {name: assert_close(name, ours[name], eager[name], exact[name]) for name in exact}
+
+    @functools.cache
+    def draw(number: int) -> dict[str, tuple[Errors, torch.dtype]]:
+        tensors = case.make(dtype, device, torch.Generator().manual_seed(seed + number))
+        exact = evaluate(op, case, to_oracle(tensors), "reference")
+        eager = evaluate(op, case, tensors, "reference")
+        ours = evaluate(op, case, tensors, implementation)
+        assert ours.keys() == exact.keys()
+        return {name: (errors(name, ours[name], eager[name], exact[name]), ours[name].dtype) for name in exact}
+
+    report = {}
+    for name, (found, of) in draw(0).items():
+        try:
+            report[name] = found.judge(name, of)
+        except AssertionError:
+            if found.numbers > FEW:
+                raise
+            drawn = sum((draw(number)[name][0] for number in range(1, DRAWS)), found)
+            report[name] = drawn.judge(f"{name} of {DRAWS} draws", of)
+    return report
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What the rule needs to know of some values, so that those of many calls can be judged together: `+`.
+
+    largest, squares: the largest absolute value and the sum of squares of our error, of eager's, and of the oracle's
+    values, where those are finite. count: of finite values; numbers: of all.
+    """
+
+    numbers: int
+    count: int = 0
+    largest: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+
+    def __add__(self, other: Errors) -> Errors:
+        largest = tuple(map(max, zip(self.largest, other.largest, strict=True)))
+        squares = tuple(map(sum, zip(self.squares, other.squares, strict=True)))
+        return Errors(self.numbers + other.numbers, self.count + other.count, largest, squares)
+
+    def judge(self, name: str, dtype: torch.dtype) -> tuple[float, float]:
+        """Assert the rule; returns our error and eager's."""
+        if not self.count:
+            return 0.0, 0.0
+        unit, float32_unit = torch.finfo(dtype).eps, torch.finfo(torch.float32).eps
+        rms = tuple((each / self.count) ** 0.5 for each in self.squares)
+        norms = (("largest", self.largest, unit), ("root mean square", rms, unit / 2 + float32_unit))
+        for norm, (error, eager_error, size), rounding in norms if self.numbers > 1 else norms[:1]:
+            budget = 2 * eager_error + rounding * size
+            assert error <= budget, (
+                f"{name}: {norm} error {error:.3g} is over the budget {budget:.3g} (eager's error {eager_error:.3g})"
+            )
+        return error, eager_error
 
 
 def assert_close(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    """Assert the rule for one tensor; integers must be equal."""
+    """Assert the rule for one tensor; integers must be equal. Returns our error and eager's."""
+    return errors(name, ours, eager, exact).judge(name, ours.dtype)
+
+
+def errors(name: str, ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> Errors:
+    """The errors of one tensor. Asserts what needs no measuring: shape, dtype, integers, infinities."""
     assert ours.shape == exact.shape, f"{name}: shape {list(ours.shape)}, expected {list(exact.shape)}"
     assert ours.dtype == eager.dtype, f"{name}: dtype {ours.dtype}, expected {eager.dtype}"
     if ours.numel() == 0:
-        return 0.0, 0.0
+        return Errors(0)
     if not ours.is_floating_point():
         assert torch.equal(ours.cpu(), exact.to(ours.dtype).cpu()), f"{name}: integers differ"
-        return 0.0, 0.0
-    unit, float32_unit = torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps
+        return Errors(0)
     ours, eager = ours.to(exact.device).double(), eager.to(exact.device).double()
     finite = torch.isfinite(exact)
     assert torch.equal(ours[~finite], exact[~finite]), f"{name}: infinities are not where the oracle has them"
     assert torch.isfinite(ours[finite]).all(), f"{name}: not finite, or never written"
     if not finite.any():
-        return 0.0, 0.0
-    norms = (("largest", _largest, unit), ("root mean square", _rms, unit / 2 + float32_unit))
-    for norm, measure, rounding in norms if exact.numel() > 1 else norms[:1]:
-        error, eager_error = measure((ours - exact)[finite]), measure((eager - exact)[finite])
-        budget = 2 * eager_error + rounding * measure(exact[finite])
-        assert error <= budget, (
-            f"{name}: {norm} error {error:.3g} is over the budget {budget:.3g} (eager's error {eager_error:.3g})"
-        )
-    return error, eager_error
+        return Errors(exact.numel())
+    parts = [each[finite] for each in (ours - exact, eager - exact, exact)]
+    largest, squares = (tuple(of(each).item() for each in parts) for of in (_largest, _squares))
+    return Errors(exact.numel(), len(parts[0]), largest, squares)
 
 
-def _largest(error: torch.Tensor) -> float:
-    return error.abs().max().item()
+def _largest(values: torch.Tensor) -> torch.Tensor:
+    return values.abs().max()
 
 
-def _rms(error: torch.Tensor) -> float:
-    return error.square().mean().sqrt().item()
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    return values.square().sum()

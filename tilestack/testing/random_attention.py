@@ -1,11 +1,13 @@
 """Random calls of attention against the oracle: lengths, masks, features and layouts that nobody thought of.
 
     python -m tilestack.testing.random_attention [--cases 1000] [--first 0] [--longest 600] [--implementation NAME ...]
+        [--processes 1] [--seconds N] [--record FILE]
 
 Everything about a call follows from its seed, which is printed where it fails; `--first SEED --cases 1` runs it again.
 Dtypes, head dimensions, heads, masks and features come from a fixed list of variants, and in each the tokens are
-always, or never, a multiple of 16, for which Triton compiles anew: so a thousand calls need some dozens of compiled
-kernels. The lengths, the numbers and the strides are each call's own.
+always, or never, a multiple of 16, for which Triton compiles anew: so a thousand calls need some hundreds of compiled
+kernels. The lengths, the numbers and the strides are each call's own. Of several processes each has its own variants,
+so that no kernel is compiled twice; calls that a time limit left out are counted.
 
 Checked together, over all calls of an implementation and dtype: tensors of few numbers, and float32, where eager and
 FlashAttention lose about as much, at different places; of one call chance may decide which is twice the other.
@@ -17,17 +19,22 @@ FlashAttention, whose delta comes from out, up to rounding: no error is twice an
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
 import random
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from tilestack.kernels import UnsupportedError
 from tilestack.testing.cases.attention import CASES, _dense, _packed
-from tilestack.testing.compare import Case, assert_close, evaluate, to_oracle
+from tilestack.testing.compare import Case, Errors, assert_close, errors, evaluate, to_oracle
 
 OURS = ("tilestack", "tilestack-triton")
 N_VARIANTS = 48
@@ -69,13 +76,37 @@ def variants() -> list[Variant]:
     return found
 
 
+Pool = dict[tuple[str, torch.dtype, str], list[tuple[int, Errors]]]  # implementation, dtype, name: seeds and errors
+
+
 @dataclass
 class Report:
-    """calls: how many of each implementation were within the rule or not; refused: how many it did not take."""
+    """calls: how many of each implementation were checked; refused: how many it did not take; not_reached: by seed."""
 
     calls: Counter = field(default_factory=Counter)
     refused: Counter = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
+    not_reached: int = 0
+    pooled: Pool = field(default_factory=dict)
+
+    def add(self, other: Report) -> None:
+        """Take in what another process found."""
+        self.calls += other.calls
+        self.refused += other.refused
+        self.failures += other.failures
+        self.not_reached += other.not_reached
+        for key, found in other.pooled.items():
+            self.pooled.setdefault(key, []).extend(found)
+
+    def judge_pooled(self) -> None:
+        """The rule for what is checked together."""
+        for (implementation, dtype, name), found in self.pooled.items():
+            worst = max(found, key=lambda each: each[1].largest[0])[0]
+            where = f"{implementation}: {name} of {len(found)} calls in {dtype}, the worst of which is seed {worst}"
+            try:
+                sum((each for _, each in found), Errors(0)).judge(where, dtype)
+            except AssertionError as error:
+                self.failures.append(str(error))
 
 
 def make(seed: int, longest: int) -> tuple[Case, torch.dtype]:
@@ -141,7 +172,14 @@ def _numbers(variant: Variant, rng: random.Random) -> dict:
 
 def run(seeds: Iterable[int], device: torch.device, longest: int, implementations: tuple[str, ...] = OURS) -> Report:
     """Run the calls of the seeds and check every output and gradient by the rule of compare.py."""
-    report, pooled = Report(), defaultdict(list)
+    report = collect(seeds, device, longest, implementations)
+    report.judge_pooled()
+    return report
+
+
+def collect(seeds: Iterable[int], device: torch.device, longest: int, implementations: tuple[str, ...]) -> Report:
+    """The same, without the verdict on what is checked together."""
+    report = Report()
     for seed in seeds:
         case, dtype = make(seed, longest)
         tensors = case.make(dtype, device, torch.Generator().manual_seed(seed))
@@ -153,38 +191,77 @@ def run(seeds: Iterable[int], device: torch.device, longest: int, implementation
             except UnsupportedError:
                 report.refused[implementation] += 1
                 continue
+            except Exception as error:
+                raise RuntimeError(f"seed {seed}, {implementation}: {type(error).__name__}: {error}") from error
             report.calls[implementation] += 1
             for name in exact:
                 triple = ours[name], eager[name], exact[name]
-                if exact[name].count_nonzero() < FEW or dtype == torch.float32:
-                    pooled[implementation, dtype, name].append((seed, triple))
-                else:
-                    _check(f"seed {seed}, {implementation}: {name}", triple, report)
-    for (implementation, dtype, name), found in pooled.items():
-        scaled = {seed: _scaled(*triple) for seed, triple in found}
-        worst = max(scaled, key=lambda seed: _difference(scaled[seed]))
-        where = f"{implementation}: {name} of {len(found)} calls in {dtype}, the worst of which is seed {worst}"
-        _check(where, tuple(map(torch.cat, zip(*scaled.values(), strict=True))), report)
+                try:
+                    if exact[name].count_nonzero() < FEW or dtype == torch.float32:
+                        found = errors(f"seed {seed}, {implementation}: {name}", *_scaled(*triple))
+                        report.pooled.setdefault((implementation, ours[name].dtype, name), []).append((seed, found))
+                    else:
+                        assert_close(f"seed {seed}, {implementation}: {name}", *triple)
+                except AssertionError as error:
+                    report.failures.append(str(error))
     return report
 
 
-def _check(where: str, triple: tuple, report: Report) -> None:
-    try:
-        assert_close(where, *triple)
-    except AssertionError as error:
-        report.failures.append(str(error))
-
-
 def _scaled(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Flat on the CPU, and divided by a power of two, so that all calls count alike."""
+    """On the CPU, and divided by a power of two, so that all calls count alike."""
     largest = exact.masked_fill(~exact.isfinite(), 0).abs().amax() if exact.numel() else torch.zeros(())
     exponent = torch.frexp(largest).exponent.cpu()
-    return tuple(torch.ldexp(each.flatten().cpu(), -exponent).to(each.dtype) for each in (ours, eager, exact))
+    return tuple(torch.ldexp(each.cpu(), -exponent).to(each.dtype) for each in (ours, eager, exact))
 
 
-def _difference(triple: tuple) -> float:
-    ours, _, exact = triple
-    return (ours.double() - exact).nan_to_num(0, 0, 0).abs().amax().item() if exact.numel() else 0.0
+@dataclass(frozen=True)
+class Job:
+    """What one of several processes does: the seeds of every `step`-th variant, as far as they begin in `seconds`."""
+
+    seeds: range
+    part: int
+    step: int
+    longest: int
+    implementations: tuple[str, ...]
+    seconds: float | None
+
+    def run(self) -> Report:
+        """In this process."""
+        started, left_out = time.monotonic(), 0
+
+        def in_time() -> Iterator[int]:
+            nonlocal left_out
+            for seed in self.seeds:
+                if seed % N_VARIANTS % self.step != self.part:
+                    continue
+                if self.seconds is not None and time.monotonic() - started > self.seconds:
+                    left_out += 1
+                else:
+                    yield seed
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        report = collect(in_time(), device, self.longest, self.implementations)
+        report.not_reached = left_out
+        return report
+
+
+def run_in_processes(
+    seeds: range, processes: int, longest: int, implementations: tuple[str, ...], seconds: float | None
+) -> Report:
+    """The calls of the seeds by several processes, judged together."""
+    jobs = [Job(seeds, part, processes, longest, implementations, seconds) for part in range(processes)]
+    report = Report()
+    if processes == 1:
+        report.add(jobs[0].run())
+    else:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            for job, future in [(job, pool.submit(job.run)) for job in jobs]:
+                try:
+                    report.add(future.result())
+                except Exception as error:  # a process that a signal ended, or that the device failed
+                    report.failures.append(f"part {job.part} of {processes} ended: {type(error).__name__}: {error}")
+    report.judge_pooled()
+    return report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,14 +271,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--longest", type=int, default=600, help="tokens of a sequence at most")
     parser.add_argument("--implementation", action="append", help=f"default: {', '.join(OURS)}")
+    parser.add_argument("--processes", type=int, default=1, help="that share the calls, and the GPU")
+    parser.add_argument("--seconds", type=float, help="calls that have not begun by then are left out")
+    parser.add_argument("--record", type=Path, help="file that gets the outcome as JSON")
     args = parser.parse_args(argv)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seeds = range(args.first, args.first + args.cases)
-    report = run(seeds, device, args.longest, tuple(args.implementation or OURS))
+    implementations = tuple(args.implementation or OURS)
+    report = run_in_processes(seeds, args.processes, args.longest, implementations, args.seconds)
     for line in report.failures:
-        print(f"FAILED {line}")
+        print(f"FAILED {line}", flush=True)
     for name in report.calls | report.refused:
         print(f"{name}: {report.calls[name]} calls, {report.refused[name]} refused")
+    if report.not_reached:
+        print(f"{report.not_reached} calls were not reached in {args.seconds:g} seconds")
+    if args.record:
+        found = {key: getattr(report, key) for key in ("calls", "refused", "failures", "not_reached")}
+        args.record.write_text(json.dumps({"first": args.first, "cases": args.cases, "longest": args.longest} | found))
     print(f"{len(report.failures)} of the checks failed" if report.failures else "all within the rule")
     return 1 if report.failures else 0
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels import launch
+from tilestack.kernels.attention.triton_numerics import exponential
 from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Call
 from tilestack.kernels.moe.combine import combine
@@ -75,6 +76,17 @@ def _add_product(acc, a, b):
 
 
 @triton.jit
+def _sigmoid(x, PRECISE: tl.constexpr):
+    """1 / (1 + e to the -x). Precisely: exponents round at their full size, which float32's gradients would show, so
+    that what e to the -|x| lost is multiplied back."""
+    if PRECISE:
+        small = exponential(-tl.abs(x), "ieee")
+        return tl.div_rn(tl.where(x < 0, small, 1.0), 1.0 + small)
+    else:
+        return tl.sigmoid(x)
+
+
+@triton.jit
 def _multiply(
     a_ptrs, b_ptrs, stride_b, depth, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -129,7 +141,8 @@ def moe_up_fwd_kernel(
     first_offset = first_row.to(tl.int64) * I
     if WANT_ACTIVATED:
         activated_ptrs = activated_ptr + first_offset + (offs_m[:, None] * I + units[None, :])
-        tl.store(activated_ptrs, (gate * tl.sigmoid(gate) * up).to(dtype), mask=inside)
+        activated = gate * _sigmoid(gate, dtype == tl.float32) * up
+        tl.store(activated_ptrs, activated.to(dtype), mask=inside)
     if WANT_PRE:
         pre_ptrs = pre_activation_ptr + 2 * first_offset + (offs_m[:, None] * 2 * I + units[None, :])
         tl.store(pre_ptrs, gate.to(dtype), mask=inside)
@@ -227,7 +240,7 @@ def moe_swiglu_bwd_kernel(
         inside = units < I
         gate = tl.load(pre_activation_ptr + row * 2 * I + units, mask=inside, other=0.0).to(tl.float32)
         up = tl.load(pre_activation_ptr + row * 2 * I + I + units, mask=inside, other=0.0).to(tl.float32)
-        sigmoid = tl.div_rn(1.0, 1.0 + tl.exp(-gate))  # the pass waits for memory: a rounded quotient costs nothing
+        sigmoid = _sigmoid(gate, pre_activation_ptr.dtype.element_ty == tl.float32)
         silu = gate * sigmoid
         if WANT_WEIGHTED:
             weighted = (silu * up * weight).to(weighted_ptr.dtype.element_ty)

@@ -1,0 +1,132 @@
+"""The record of what passed on a GPU: counts are of what ran; what was stopped did not pass."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+
+from tilestack.bench import trust
+from tilestack.bench.results import ROOT, read
+from tilestack.testing import sanitized
+
+GRID = "tests/kernels/test_grid.py::test_outputs_and_gradients_are_within_twice_the_error_of_eager[{}]"
+
+
+def line(test, outcome="passed", message=""):
+    return {"test": test, "outcome": outcome, "seconds": 0.1, "message": message}
+
+
+def test_tests_are_counted_by_check_and_the_grid_by_implementation():
+    lines = [
+        line(GRID.format("moe-tilestack-plain-bfloat16")),
+        line(GRID.format("moe-tilestack-wide-bfloat16"), "failed", "where\nE  dx: too far off"),
+        line(GRID.format("moe-tilestack-plain-float32"), "skipped"),
+        line(GRID.format("moe-tilestack-triton-plain-float32"), "not reached"),
+        line(GRID.format("attention-cudnn-plain-bfloat16")),  # a vendor's adapter
+        line("tests/compat/test_alias.py::test_one[a-b]"),
+    ]
+    rows = trust.rows_of_tests({name: trust.CHECKS[name] for name in ("moe grid", "flash_attn")}, lines)
+    found = {(row.check, row.implementation): trust.words(asdict(row)) for row in rows}
+    assert found == {
+        ("moe grid", "tilestack"): "1 passed, 1 failed, 1 refused",
+        ("moe grid", "tilestack-triton"): "0 passed, 1 not reached",
+        ("flash_attn", ""): "1 passed",
+    }
+    assert rows[0].failures == ["test_outputs_and_gradients_are_within_twice_the_error_of_eager"
+                                "[moe-tilestack-wide-bfloat16]: E  dx: too far off"]  # fmt: skip
+
+
+def test_random_calls_that_failed_are_not_counted_as_passed():
+    found = {"first": 0, "cases": 10, "calls": {"tilestack": 4, "tilestack-triton": 8}, "refused": {"tilestack": 4}}
+    found |= {"failures": ["seed 3, tilestack: dq: too far off"], "not_reached": 2}
+    rows = {row.implementation: trust.words(asdict(row)) for row in trust.CHECKS["attention random"].rows("", found)}
+    assert rows["tilestack"] == "3 passed, 1 failed, 4 refused, 2 not reached"
+    assert rows["tilestack-triton"] == "8 passed, 2 not reached"
+
+
+ALL = "".join(
+    f"ran router, {implementation}: {case.name} (1.0 s)\n" for implementation, case in sanitized.calls("router")
+)
+REPORT = "========= Invalid __global__ read of size 16 bytes\n=========     at kernel+0x10\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "passed", "failed"),
+    [
+        (ALL + "========= ERROR SUMMARY: 0 errors\n", len(sanitized.calls("router")), 0),
+        (ALL + REPORT + "========= ERROR SUMMARY: 1 error\n", 0, len(sanitized.calls("router"))),
+        (
+            ALL + "========= Error: Race reported between Read access at k+0x10 in k.py:3\n",
+            0,
+            len(sanitized.calls("router")),
+        ),
+        (ALL.splitlines(keepends=True)[0], 1, 0),
+        ("========= Error: Device not supported\n", 0, 0),
+    ],
+    ids=["clean", "an error", "a race", "stopped", "no device"],
+)
+def test_what_a_sanitizer_did_not_come_to_is_not_counted_as_passed(log, passed, failed):
+    row = trust.CHECKS["memcheck"].row("memcheck", "router", log)
+    assert (row.passed, row.failed) == (passed, failed)
+    assert row.passed + row.failed + row.not_reached == len(sanitized.calls("router"))
+
+
+def race(first, second):
+    lines = [f"Error: Race reported between Read access at {first}", f"    and Write access at {second} [4 hazards]"]
+    return ALL + "".join(f"========= {line}\n" for line in lines)
+
+
+def test_races_in_what_triton_adds_to_a_kernel_are_said_but_not_counted():
+    file = ROOT / "tilestack/kernels/attention/sm90_forward.py"
+    lines = file.read_text().splitlines()
+    signature = next(n for n, text in enumerate(lines, 1) if text.startswith("def attention_forward_kernel("))
+    start = next(n for n, text in enumerate(lines, 1) if text.strip() == "gl.warp_specialize([")
+    places = [f"attention_forward_kernel+0x150 in {file.name}:{line}" for line in (signature, start, signature - 50)]
+    row = trust.CHECKS["racecheck"].row("racecheck", "router", race(*places[:2]))
+    assert row.passed == len(sanitized.calls("router")) and not row.failures and "partitions" in row.what
+    row = trust.CHECKS["racecheck"].row("racecheck", "router", race(places[0], places[2]))
+    assert row.failed == len(sanitized.calls("router")) and len(row.failures) == 1
+
+
+def test_a_run_replaces_the_rows_of_its_checks_and_leaves_the_others(tmp_path):
+    path = tmp_path / "trust" / "1xH100.json"
+    record = {"bench": "trust", "device": "a GPU", "versions": {"torch": "2", "triton": "3"}}
+
+    def put(check, op, commit, passed):
+        row = asdict(trust.Row(check, op, "", "what", passed)) | {"commit": commit, "date": "2026-11-25T20:00"}
+        trust.put(record | {"rows": [row]}, path)
+
+    put("moe calls", "moe", "aaaaaaaaa", 1)
+    put("model", "model", "bbbbbbbbb", 2)
+    put("moe calls", "moe", "ccccccccc", 3)
+    assert [(row["check"], row["commit"][:1], row["passed"]) for row in read(path)["rows"]] == [
+        ("moe calls", "c", 3),
+        ("model", "b", 2),
+    ]
+    assert "| what | all | 3 passed | ccccccc, 2026-11-25 |" in trust.block(read(path), "moe")
+    assert trust.block(read(path), "router") == "Not run yet.\n"
+
+
+def test_the_files_and_cases_that_checks_name_are_there():
+    for check in trust.CHECKS.values():
+        for file in getattr(check, "files", ()):
+            assert (ROOT / file).exists(), file
+    for op, wanted in sanitized.CALLS.items():
+        assert len(sanitized.calls(op)) == sum(map(len, wanted.values())), f"a case of {op} has another name by now"
+
+
+def test_tests_are_recorded_also_those_that_a_limit_leaves_out(tmp_path):
+    file, record = tmp_path / "test_some.py", tmp_path / "record.jsonl"
+    file.write_text(
+        "import pytest, time\ndef test_a(): time.sleep(0.3)\ndef test_b(): assert 1 == 2\ndef test_c(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tilestack.testing.record", "--record", str(record)]
+    outcomes = []
+    for more in (["--only", "test_[ab]"], ["--seconds", "0.2"]):
+        subprocess.run([*command, *more, str(file)], cwd=tmp_path, capture_output=True, check=False)
+        lines = [json.loads(each) for each in record.read_text().splitlines()]
+        outcomes.append([(each["test"][-1], each["outcome"]) for each in lines])
+    assert outcomes[0] == [("a", "passed"), ("b", "failed")]
+    assert outcomes[1] == [("a", "passed"), ("b", "not reached"), ("c", "not reached")]
