@@ -153,7 +153,7 @@ class Config:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raise UserError for the first value, or pair of values, that cannot train."""
+    """Raise UserError or SettingsError for the first value, or pair of values, that cannot train."""
     _check_at_least(config)
     name = config.output.name
     if name is not None and (not name or "/" in name):
@@ -166,6 +166,8 @@ def check(config: Config, world_size: int) -> None:
     if config.model.path is None:
         _check_sizes(config.model)
         check_positions(config.data, config.model.max_positions, "model.max_positions")
+    with_deepspeed = config.distributed.uses_deepspeed(world_size)
+    config.distributed.check_optimizer(config.optimizer, config.model.dtype, with_deepspeed)
     sequence_parallel = config.distributed.sequence_parallel
     if world_size % sequence_parallel:
         raise UserError(

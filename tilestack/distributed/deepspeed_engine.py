@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import io
 import os
@@ -20,20 +21,22 @@ import deepspeed
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from tilestack.distributed.checkpoint import read_pieces, read_state, write_pieces, write_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.deepspeed_settings import construction_settings, deepspeed_settings
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, construction_settings, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.optimizer import AdamW
 from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
-from tilestack.distributed.zero_pieces import OptimizerState
+from tilestack.distributed.zero_pieces import OptimizerState, update_weights_in_place
 from tilestack.models import ZERO3_LEAF_CLASSES, restore_rotary_frequencies
 
 LATER_S = 30.0
@@ -114,6 +117,8 @@ class DeepSpeedEngine:
         if self.stage == 3:
             mark_leaf_modules(model)
         _check_split(distributed, self.stage, dtype)
+        exact = dataclasses.replace(distributed, zero=self.stage)  # a file of the user's own may name it
+        exact.check_optimizer(optimizer, str(dtype).removeprefix("torch."), with_deepspeed=True)
         for parameter in model.parameters():
             parameter.__dict__.pop("gradient_sum", None)  # of a local engine that had the model before
         self.sequence = _join_sequence(distributed.sequence_parallel, world)
@@ -123,13 +128,17 @@ class DeepSpeedEngine:
         if self.experts is not None:
             split_experts(model, self.experts, distributed.expert_chunks)
         groups = parameter_groups(model, optimizer.weight_decay)
-        client = None if "optimizer" in settings else _adamw(groups, optimizer, self.device)
+        if self.stage in (1, 2):
+            groups = list(_divided(groups))
+        client = None if "optimizer" in settings else _adamw(groups, optimizer, settings)
         with _quiet():
             split = {
                 "experts_are_split": self.experts is not None,
                 "sequences_are_split": self.sequence is not None,
             }
             self.engine = _initialize(model, client, groups, settings, **split)
+        if self.stage in (1, 2) and not optimizer.master_weights and dtype == torch.bfloat16:
+            update_weights_in_place(self.engine.optimizer)
         if self.stage == 0:
             self._state().restart()  # in bfloat16 DeepSpeed's wrapper has made an update of nothing
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
@@ -211,7 +220,7 @@ class DeepSpeedEngine:
     def load(self, folder: Path) -> None:
         folder, state = Path(folder), self._state()
         updates = read_state(folder, next(self.model.parameters()).dtype)
-        read_pieces(folder, list(state.pieces()), self._sizes())
+        read_pieces(folder, state.pieces(loading=True), self._sizes())
         state.publish(updates)
 
     def _state(self) -> OptimizerState:
@@ -359,7 +368,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def _adamw(groups: list[dict], optimizer: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def _divided(groups: list[dict]) -> Iterator[dict]:
+    """The groups in smaller ones: ZeRO 1 and 2 copy the gradients of a whole group while they update it."""
+    for group in groups:
+        parts, numel = [], 0
+        for parameter in group["params"]:
+            parts.append(parameter)
+            numel += parameter.numel()
+            if numel >= UPDATED_TOGETHER:
+                yield group | {"params": parts}
+                parts, numel = [], 0
+        if parts:
+            yield group | {"params": parts}
+
+
+def _adamw(groups: list[dict], optimizer: OptimizerConfig, settings: dict) -> torch.optim.Optimizer:
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
+        if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # or DeepSpeed warns that it was not tested
+            ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+        return AdamW(groups, optimizer)
     betas = (optimizer.beta1, optimizer.beta2)
-    # every step sets its learning rate; without ZeRO DeepSpeed makes an update before the first
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optimizer.eps, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optimizer.eps, fused=True)

@@ -34,7 +34,7 @@ def encode(
 ) -> None:
     """Write `moment` (float32, any shape) into `codes` (uint8, the same shape) and `scales` (float32 [scales_of]).
 
-    signed: the format of the first moment, else of the second. random: int64 in [0, UNIT), the shape of moment
+    signed: the format of the first moment, else of the second. random: integers in [0, UNIT), the shape of moment
     flattened; None rounds to nearest, which gives back the codes of what `decode` gave.
     """
     groups = _groups(moment.reshape(-1).float())
@@ -42,13 +42,13 @@ def encode(
     largest = torch.where(largest >= SMALLEST_SCALE, largest, 0.0)
     inverse = 1 / torch.where(largest > 0, largest, 1.0)
     share = (groups.abs() * inverse[:, None]).clamp_(max=1.0).reshape(-1)[: moment.numel()]
-    added = UNIT // 2 if random is None else random
+    added = UNIT // 2 if random is None else random.int()
     zero = FIRST_ZERO if signed else SECOND_ZERO
-    found = (share.view(torch.int32).long() + added) // UNIT - zero
+    found = (share.view(torch.int32) + added) // UNIT - zero
     if signed:
-        low = (share * (1 / LEAST) + added / UNIT).long()
+        low = (share * (1 / LEAST) + added / UNIT).int()
         found = torch.where(share < LEAST, low, found)
-        found |= (moment.reshape(-1) < 0).long() << 7
+        found |= (moment.reshape(-1) < 0).int() << 7
     else:
         found = torch.where(share > 0, found.clamp_(min=1), 0)
     codes.view(-1).copy_(found)

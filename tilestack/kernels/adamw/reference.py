@@ -33,7 +33,10 @@ def update(
         weights.addcdiv_(first, denominator, value=-step_size)
     else:
         weights.sub_(step_size * first / denominator)
-    draws = (None, None, None) if params.seed < 0 else draw(param.numel(), int(step), params.seed, param.device)
+    is_narrow = exp_avg.dtype.itemsize < 4 or (master is None and param.dtype == torch.bfloat16)
+    draws = (None, None, None)
+    if params.seed >= 0 and is_narrow:
+        draws = draw(param.numel(), int(step), params.seed, param.device)
     _keep(first, exp_avg, exp_avg_scale, draws[0], signed=True)
     _keep(second, exp_avg_sq, exp_avg_sq_scale, draws[1], signed=False)
     if master is None and param.dtype == torch.bfloat16 and draws[2] is not None:
