@@ -8,6 +8,7 @@ import datetime
 import io
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -128,8 +129,8 @@ class DeepSpeedEngine:
         if self.experts is not None:
             split_experts(model, self.experts, distributed.expert_chunks)
         groups = parameter_groups(model, optimizer.weight_decay)
-        if self.stage in (1, 2):
-            groups = list(_divided(groups))
+        if self.stage == 2:
+            groups = [part for group in groups for part in _divided(group, self._ranks_of(group))]
         client = None if "optimizer" in settings else _adamw(groups, optimizer, settings)
         with _quiet():
             split = {
@@ -234,6 +235,10 @@ class DeepSpeedEngine:
         sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in self.model.named_parameters() if p.requires_grad}
         split = split_weights(self.model) if self.experts is not None else {}
         return sizes | {name: sizes[name] * self._expert_ranks() for name in split if name in sizes}
+
+    def _ranks_of(self, group: dict) -> int:
+        """How many ranks have the same weights of a group, and share its update."""
+        return self.world_size // self._expert_ranks() if group.get("moe") else self.world_size
 
     def _expert_ranks(self) -> int:
         return 1 if self.experts is None else self.experts.size
@@ -368,18 +373,24 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def _divided(groups: list[dict]) -> Iterator[dict]:
-    """The groups in smaller ones: ZeRO 1 and 2 copy the gradients of a whole group while they update it."""
-    for group in groups:
-        parts, numel = [], 0
-        for parameter in group["params"]:
-            parts.append(parameter)
-            numel += parameter.numel()
-            if numel >= UPDATED_TOGETHER:
-                yield group | {"params": parts}
-                parts, numel = [], 0
-        if parts:
-            yield group | {"params": parts}
+def _divided(group: dict, ranks: int) -> Iterator[dict]:
+    """The group in smaller ones, for ZeRO-2, which copies the gradients of a whole group while it updates it.
+
+    Each rank has an equal part of a group. The gradient of a weight that a boundary cuts would be kept whole on both
+    sides, so a group has weights of one shape, as many as give each rank whole ones; what is left over is one more.
+    """
+    shapes = defaultdict(list)
+    for parameter in group["params"]:
+        shapes[parameter.shape].append(parameter)
+    left = []
+    for alike in shapes.values():
+        together = ranks * max(1, UPDATED_TOGETHER // alike[0].numel())
+        whole = len(alike) // ranks * ranks
+        for begin in range(0, whole, together):
+            yield group | {"params": alike[begin : min(begin + together, whole)]}
+        left += alike[whole:]
+    if left:
+        yield group | {"params": left}
 
 
 def _adamw(groups: list[dict], optimizer: OptimizerConfig, settings: dict) -> torch.optim.Optimizer:
