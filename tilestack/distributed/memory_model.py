@@ -6,8 +6,8 @@ Three moments of a step may be its highest, and the highest counts:
     backward    at the first or the last layer: what is still kept, the gradients so far, one layer at work
     update      all gradients, and the copies that DeepSpeed makes while it updates
 
-Sizes follow from the model's shape and from what the engines and DeepSpeed 0.19 allocate; `tilestack bench plan` measures
-the same, and docs/training.md has both side by side.
+Sizes follow from the model's shape and from what the engines and DeepSpeed 0.19 allocate; `tilestack bench plan`
+measures the same, and docs/training.md has both side by side.
 """
 
 from __future__ import annotations
@@ -239,7 +239,6 @@ class _Sizes:
         }
 
     def in_update(self) -> dict[str, float]:
-        t = self.training
         return {"gradients": self.gradients(0), "copies for the update": self.copies()}
 
     def copies(self) -> float:
