@@ -19,11 +19,11 @@ from tilestack.distributed.deepspeed_engine import whole_weights
 STEPS = 5
 
 
-def chosen(setting: str) -> tuple[DistributedConfig, OptimizerConfig]:
+def chosen(setting: str, ranks: int) -> tuple[DistributedConfig, OptimizerConfig]:
     zero, *words = setting.split("-")
     moments = next((word for word in words if word in ("bfloat16", "8bit")), "float32")
     distributed = DistributedConfig(
-        engine="deepspeed", zero=int(zero), expert_parallel=int(os.environ["WORLD_SIZE"]) if "experts" in words else 1
+        engine="deepspeed", zero=int(zero), expert_parallel=ranks if "experts" in words else 1
     )
     optimizer = OptimizerConfig(
         lr=1e-2, max_grad_norm=0.5, moments=moments, master_weights="bare" not in words, offload="offload" in words
@@ -32,7 +32,7 @@ def chosen(setting: str) -> tuple[DistributedConfig, OptimizerConfig]:
 
 
 def made(setting: str):
-    distributed, optimizer = chosen(setting)
+    distributed, optimizer = chosen(setting, int(os.environ["WORLD_SIZE"]))
     start(distributed)
     return make_engine(tiny_model(torch.bfloat16), optimizer, distributed, micro_batches(setting))
 
@@ -50,14 +50,18 @@ def train(engine, setting: str, first: int, last: int) -> list[float]:
 
 
 def state_bytes(engine) -> dict[str, int]:
-    """What the base optimizer of DeepSpeed holds of flat tensors (the weights that it updates), moments and scales."""
+    """What this rank holds: the model's weights, the flat tensors that are updated, moments and scales, gradients."""
     base = engine.engine.basic_optimizer
     moments = dict.fromkeys(("moments", "scales"), 0)
     for state in base.state.values():
         for name, each in state.items():
             if isinstance(each, torch.Tensor) and name != "step":
                 moments["scales" if name.endswith("scale") else "moments"] += each.nbytes
-    return {"weights": sum(flat.nbytes for flat in base.state)} | moments
+    own = [getattr(each, "ds_tensor", each) for each in engine.model.parameters()]
+    found = {"model": sum(each.nbytes for each in own), "updated": sum(flat.nbytes for flat in base.state)}
+    if engine.stage == 3:
+        found["gradients"] = engine.engine.optimizer.grad_partitions_flat_buffer.nbytes
+    return found | moments
 
 
 def run(folder: Path, setting: str) -> dict:

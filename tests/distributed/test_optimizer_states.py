@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from distributed import states_worker as worker
-from distributed.tiny import global_step, tiny_model
+from distributed.tiny import global_step, tiny_config, tiny_model
 from tilestack.distributed import DistributedConfig, OptimizerConfig, SettingsError, make_engine
+from tilestack.distributed.memory_model import Training, memory
 from tilestack.kernels.adamw.eight_bits import scales_of
 
 ROOT = Path(__file__).parents[2]
@@ -89,9 +90,29 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(run):
 
 def test_the_state_takes_the_bytes_that_were_chosen(run):
     held, words = run["bytes"], run["setting"].split("-")
-    weights = held["weights"] // (2 if "bare" in words else 4)
+    weights = held["updated"] // (2 if "bare" in words else 4)
     assert held["moments"] == 2 * weights * (2 if "bfloat16" in words else 1 if "8bit" in words else 4)
     assert (held["scales"] > 0) == ("8bit" in words)
+
+
+def test_the_plan_knows_the_bytes_of_weights_masters_moments_and_gradients(run):
+    distributed, optimizer = worker.chosen(run["setting"], ranks=2)
+    planned = Training(
+        gpus=2, accumulation=worker.micro_batches(run["setting"]), zero=distributed.zero,
+        expert_parallel=distributed.expert_parallel, moments=optimizer.moments,
+        master_weights=optimizer.master_weights, micro_batch_tokens=64,
+    )  # fmt: skip
+    parts, held = memory(tiny_config(), planned).moments["update"], run["bytes"]
+    tiny = {"rel": 0.02}  # what ranks and groups are filled up with; of a real model it is nothing
+    assert held["model"] == pytest.approx(parts["weights"], **tiny)
+    if optimizer.offload:
+        assert {"master weights", "moments"}.isdisjoint(parts)
+        return
+    assert ("master weights" in parts) == optimizer.master_weights
+    assert held["updated"] == pytest.approx(parts.get("master weights", held["updated"]), **tiny)
+    assert held["moments"] + held["scales"] == pytest.approx(parts["moments"], **tiny)
+    if "gradients" in held:
+        assert held["gradients"] == pytest.approx(parts["gradients"], **tiny)
 
 
 def test_a_single_process_takes_up_what_two_saved_with_8_bits_and_no_masters(folder):

@@ -24,6 +24,7 @@ from transformers import Qwen3MoeConfig
 
 from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.step import qwen3_30b_a3b
+from tilestack.distributed.memory_model import Memory, Training, memory
 
 STEPS = 4  # the first two compile and make states
 AHEAD = 2  # cases whose processes import meanwhile
@@ -85,9 +86,24 @@ def run(folder: Path = FOLDER, cases: tuple[MemoryCase, ...] = CASES) -> Path:
     return recorder.finish()
 
 
+def predicted(case: MemoryCase) -> Memory:
+    """What the plan says of a case."""
+    return memory(
+        qwen3_30b_a3b(case.layers),
+        Training(
+            gpus=case.gpus, micro_batch_tokens=case.micro_batch_tokens, seqlen=case.seqlen,
+            accumulation=case.accumulation, zero=case.zero or 0, deepspeed=case.zero is not None,
+            expert_parallel=case.expert_parallel, sequence_parallel=case.sequence_parallel,
+            checkpointing=case.checkpointing, activation_offload=case.activation_offload, offload=case.offload,
+            moments=case.moments, master_weights=case.master_weights,
+        ),
+    )  # fmt: skip
+
+
 def _described(row: Row) -> str:
+    planned = predicted(MemoryCase(**row.case)).allocated / 2**30
     case = {name: value for name, value in row.case.items() if value != getattr(MemoryCase(0), name)}
-    return f"{case}  peak {row.peak_gib} GiB  {row.gib}  {row.error or ''}"
+    return f"{case}  peak {row.peak_gib} GiB, planned {planned:.3f}  {row.gib}  {row.error or ''}"
 
 
 def _row(case: MemoryCase, found: list[dict] | str) -> Row:

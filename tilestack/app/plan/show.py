@@ -60,7 +60,7 @@ def show_proposals(head: dict[str, Any], found: list[Plan], console: Console) ->
             "[bold red]No configuration fits[/]: take more GPUs, larger ones, or shorter documents (--seqlen)"
         )
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False, pad_edge=False)
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("layout", "batches", "recomputed", "moments", "master"):
         table.add_column(name, no_wrap=True)
     for name in ("GiB", "left", "tokens/s"):
