@@ -86,18 +86,20 @@ def run(folder: Path = FOLDER, cases: tuple[MemoryCase, ...] = CASES) -> Path:
     return recorder.finish()
 
 
+def training_of(case: MemoryCase) -> Training:
+    """The case as the plan has it."""
+    return Training(
+        gpus=case.gpus, micro_batch_tokens=case.micro_batch_tokens, seqlen=case.seqlen, accumulation=case.accumulation,
+        zero=case.zero or 0, deepspeed=case.zero is not None, expert_parallel=case.expert_parallel,
+        sequence_parallel=case.sequence_parallel, checkpointing=case.checkpointing,
+        activation_offload=case.activation_offload, offload=case.offload, moments=case.moments,
+        master_weights=case.master_weights,
+    )  # fmt: skip
+
+
 def predicted(case: MemoryCase) -> Memory:
     """What the plan says of a case."""
-    return memory(
-        qwen3_30b_a3b(case.layers),
-        Training(
-            gpus=case.gpus, micro_batch_tokens=case.micro_batch_tokens, seqlen=case.seqlen,
-            accumulation=case.accumulation, zero=case.zero or 0, deepspeed=case.zero is not None,
-            expert_parallel=case.expert_parallel, sequence_parallel=case.sequence_parallel,
-            checkpointing=case.checkpointing, activation_offload=case.activation_offload, offload=case.offload,
-            moments=case.moments, master_weights=case.master_weights,
-        ),
-    )  # fmt: skip
+    return memory(qwen3_30b_a3b(case.layers), training_of(case))
 
 
 def _described(row: Row) -> str:

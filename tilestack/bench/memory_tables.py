@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from tilestack.bench.memory import MemoryCase, predicted
-from tilestack.distributed.memory_model import GIB
+from tilestack.bench.memory import MemoryCase, predicted, training_of
+from tilestack.bench.step import qwen3_30b_a3b
+from tilestack.distributed.memory_model import GIB, host_bytes
 
-PLAIN = MemoryCase(0)
+GPUS = {"H100": 79.2, "H200": 139.8}  # GiB
+WHOLE = (  # the full model on four GPUs: on which, and how
+    ("H200", {}), ("H200", {"moments": "bfloat16"}), ("H200", {"moments": "8bit"}),
+    ("H100", {"moments": "8bit", "master_weights": False}), ("H100", {"offload": True}), ("H100", {}),
+)  # fmt: skip
 
 
 def plan_block(run: dict) -> str:
@@ -31,6 +36,22 @@ def _plan_line(case: MemoryCase, row: dict) -> str:
         f"{head}{row['peak_gib']:.1f} | {allocated:.1f} | {allocated / row['peak_gib'] - 1:+.1%} | {used:.1f} | "
         f"{planned.total / GIB:.1f} |"
     )
+
+
+def planned_table() -> str:
+    """What the full model needs of four GPUs: predicted, of no result file."""
+    lines = ["| 4 GPUs | spread | recomputed | state | GiB needed | left | on the host, for each |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for gpu, kept in WHOLE:
+        for layout in ({"zero": 2, "expert_parallel": 4}, {"zero": 3}):
+            case = MemoryCase(48, gpus=4, checkpointing="full", **layout, **kept)
+            total = predicted(case).total / GIB
+            host = host_bytes(qwen3_30b_a3b(48), training_of(case)) / GIB
+            left = f"{GPUS[gpu] - total:.1f}" if total <= GPUS[gpu] else "does not fit"
+            lines.append(
+                f"| {gpu} | {spread(case)} | full | {_state(case)} | {total:.1f} of {GPUS[gpu]} | {left} | {host:.0f} |"
+            )
+    return "\n".join(lines) + "\n"
 
 
 def spread(case: MemoryCase) -> str:

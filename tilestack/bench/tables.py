@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
-from tilestack.bench.memory_tables import adamw_block, plan_block
+from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table
 from tilestack.bench.results import FOLDER, ROOT, read
 from tilestack.kernels import ops
 
@@ -335,5 +335,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "trust": trust_table,
     **{f"trust_{op}": functools.partial(trust_table, op) for op in (*ops(), "flash_attn", "model")},
     "plan": lambda: _each_run("plan", plan_block),
+    "planned": planned_table,
     "adamw": lambda: _each_run("adamw", adamw_block),
 }
