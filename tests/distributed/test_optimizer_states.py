@@ -100,7 +100,7 @@ def test_the_plan_knows_the_bytes_of_weights_masters_moments_and_gradients(run):
     planned = Training(
         gpus=2, accumulation=worker.micro_batches(run["setting"]), zero=distributed.zero,
         expert_parallel=distributed.expert_parallel, moments=optimizer.moments,
-        master_weights=optimizer.master_weights, micro_batch_tokens=64,
+        master_weights=optimizer.master_weights, offload=optimizer.offload, micro_batch_tokens=64,
     )  # fmt: skip
     parts, held = memory(tiny_config(), planned).moments["update"], run["bytes"]
     tiny = {"rel": 0.02}  # what ranks and groups are filled up with; of a real model it is nothing

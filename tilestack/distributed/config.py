@@ -21,6 +21,12 @@ class OptimizerConfig:
     max_grad_norm: gradients are scaled down to this global 2-norm; 0 switches clipping off.
     non_finite: what a NaN or infinite gradient norm does. The update is left out in either case, so that the weights
         stay good; "stop" ends the training, "skip" goes on with the next step.
+    moments: what AdamW's two moments are kept in: 8, 4 or (8bit) 2 bytes a parameter. Below float32 they are rounded up
+        or down by chance, which is right on average.
+    master_weights: keep bfloat16 weights a second time in float32, 4 bytes a parameter; without, an update is rounded
+        to the bfloat16 weights themselves, up or down by chance. With distributed.zero 2 or 3, or in one process.
+    offload: keep master weights and moments in the host's memory and update there. With DeepSpeed and ZeRO 1 to 3,
+        float32 moments and master weights.
     """
 
     lr: float = 3e-4
