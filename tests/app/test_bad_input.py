@@ -36,8 +36,8 @@ def refused(run_train, capsys, tmp_path):
         (["--optimizer.lrr", "1"], "unknown key --optimizer.lrr; did you mean --optimizer.lr?"),
         (["--optimiser.lr", "1"], "unknown key --optimiser.lr; did you mean --optimizer.lr?"),
         (
-            ["--optimizer.momentum", "1"],
-            "unknown key --optimizer.momentum; optimizer has the keys lr, beta1, beta2, eps,",
+            ["--optimizer.nesterov", "1"],
+            "unknown key --optimizer.nesterov; optimizer has the keys lr, beta1, beta2, eps,",
         ),
         (["--lr", "1"], "unknown key --lr; did you mean --optimizer.lr?"),
         (["--train.steps", "1.5"], "train.steps must be a whole number, got '1.5'"),

@@ -76,7 +76,7 @@ def test_bfloat16_weights_follow_float32_masters():
     assert torch.equal(engine.model.get_parameter(norm_weight), before[norm_weight])
     assert 1e-5 < (slot.master - 1).abs().max() < 2e-4
     for name, each in engine.slots.items():
-        assert each.master.dtype == each.exp_avg.dtype == torch.float32
+        assert each.master.dtype == each.moments["exp_avg"].dtype == torch.float32
         assert torch.equal(each.parameter, each.master.bfloat16()), name
 
 

@@ -65,6 +65,13 @@ def test_adamw_moves_28_bytes_a_parameter_in_bfloat16_and_in_float32_alike():
     assert work("adamw", full) == Work(0, 28 * 35)
 
 
+def test_adamw_with_8_bit_moments_and_no_master_moves_10_bytes_a_parameter_and_its_scales():
+    shape, one = (4, 256), {"exp_avg": 1, "exp_avg_sq": 1, "exp_avg_scale": 4, "exp_avg_sq_scale": 4}
+    scales = {"exp_avg_scale": (4,), "exp_avg_sq_scale": (4,)}
+    moved = tensors(2, sizes=one, param=shape, grad=shape, exp_avg=shape, exp_avg_sq=shape, **scales)
+    assert work("adamw", moved) == Work(0, 10 * 1024 + 2 * 2 * 4 * 4)
+
+
 def test_the_residual_of_rms_norm_is_read_and_the_sum_written():
     x = (10, 8)
     plain, added = work("rms_norm", tensors(x=x, weight=(8,))), work("rms_norm", tensors(x=x, weight=(8,), residual=x))

@@ -28,6 +28,7 @@ TEMPORARY = ".tmp-"
 # what may differ on resume: it changes what is shown and kept, never what is computed
 FREE_KEYS = (
     "output.*",
+    "optimizer.offload",
     "distributed.engine",
     "distributed.zero",
     "distributed.expert_parallel",

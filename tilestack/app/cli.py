@@ -14,6 +14,7 @@ USAGE = """usage: tilestack COMMAND [options]
 
   train     train a Qwen3-MoE; the same as python train.py
   explain   show, for a configuration and this machine, which kernel each op runs and why not another
+  plan      what a training holds of the GPUs' memory, and which configurations fit, fastest first
   trace     run a few training steps and draw what really ran: ops, kernels, rates, a timeline
   doctor    is this machine ready to train, and what to do if it is not
   report    one page about a run: losses, speed, checkpoints, sample
@@ -22,6 +23,7 @@ USAGE = """usage: tilestack COMMAND [options]
 tilestack COMMAND --help says more."""
 MODULES = {
     "explain": "tilestack.app.explain",
+    "plan": "tilestack.app.plan.command",
     "trace": "tilestack.app.trace.command",
     "doctor": "tilestack.app.doctor",
     "report": "tilestack.app.report",

@@ -154,7 +154,7 @@ class Config:
 
 
 def check(config: Config, world_size: int) -> None:
-    """Raise UserError for the first value, or pair of values, that cannot train."""
+    """Raise UserError or SettingsError for the first value, or pair of values, that cannot train."""
     _check_at_least(config)
     name = config.output.name
     if name is not None and (not name or "/" in name):
@@ -168,6 +168,8 @@ def check(config: Config, world_size: int) -> None:
         _check_sizes(config.model)
         check_positions(config.data, config.model.max_positions, "model.max_positions")
     check_processes(config.distributed, world_size)
+    with_deepspeed = config.distributed.uses_deepspeed(world_size)
+    config.distributed.check_optimizer(config.optimizer, config.model.dtype, with_deepspeed)
     sequence_parallel = config.distributed.sequence_parallel
     _, data_ranks = config.distributed.data_ranks(0, world_size)
     if config.train.micro_batches % data_ranks:

@@ -56,7 +56,8 @@ def out_of_memory(error: BaseException) -> str | None:
         parts.append(f": {wanted[1]} more were needed" + (f", {free[1]} were free" if free else ""))
     return "".join(parts) + (
         "\nwhat to change, in this order: --model.activation_checkpointing full and a lower --data.micro_batch_tokens "
-        "(activations), --distributed.zero 2 or 3 over more processes (optimizer, gradients, weights), a smaller model"
+        "(activations), --distributed.zero 2 or 3 over more processes (optimizer, gradients, weights), "
+        "--optimizer.moments 8bit or --optimizer.offload true, a smaller model; tilestack plan says what fits"
     )
 
 

@@ -231,6 +231,7 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
                         config.optimizer.weight_decay),
             needs_grad=False, param=experts, grad=experts, exp_avg=state, exp_avg_sq=state,
             master=None if dtype == torch.float32 else state, grad_scale=spec(of=torch.float32), scalars=None,
+            exp_avg_scale=None, exp_avg_sq_scale=None,
         ),
     }  # fmt: skip
     if _has_dense_layers(shape):

@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     spread.add_argument("--layers", type=int, default=4, help="decoder layers of the model that one GPU trains too")
     spread.add_argument("--large", type=int, default=8, help="decoder layers of the model that needs all GPUs")
     spread.add_argument("--only", nargs="*", metavar="NAME", help="these implementations alone")
+    benches.add_parser("plan", help="what training steps hold of the GPUs' memory, beside what tilestack plan says")
+    benches.add_parser("adamw", help="an update with every way of keeping AdamW's state")
     benches.add_parser("kvcache", help="a decoding step over a cache of keys and values")
     trust = benches.add_parser("trust", help="which of the checks pass on this GPU")
     trust.add_argument("--only", nargs="*", metavar="CHECK", help="these checks alone")
@@ -114,6 +116,14 @@ def _run(arguments: argparse.Namespace) -> Path:
 
         chosen = arguments.gpus, arguments.layers, arguments.large, arguments.repeats, arguments.only
         return distributed.run(*chosen, arguments.out)
+    if arguments.bench == "plan":
+        from tilestack.bench import memory
+
+        return memory.run(arguments.out)
+    if arguments.bench == "adamw":
+        from tilestack.bench import adamw
+
+        return adamw.run(arguments.repeats, arguments.out)
     if arguments.bench == "kvcache":
         from tilestack.bench import kvcache
 

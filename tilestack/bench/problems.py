@@ -179,7 +179,7 @@ def _make_adamw() -> Tensors:
 
 def _adamw_definition(t: Tensors) -> tuple[torch.Tensor, ...]:
     """In plain torch, so that torch.compile can make one kernel of it."""
-    decay, step_size, correction2_sqrt = AdamWParams(**STEP).scalars()
+    decay, step_size, correction2_sqrt, _ = AdamWParams(**STEP).scalars()
     g = t["grad"].float()
     exp_avg = STEP["beta1"] * t["exp_avg"] + (1 - STEP["beta1"]) * g
     exp_avg_sq = STEP["beta2"] * t["exp_avg_sq"] + (1 - STEP["beta2"]) * g * g

@@ -44,7 +44,7 @@ class Row:
     error: relative error against the oracle where the benchmark checks one, or why the row could not be measured.
     losses: the first losses of a training run, for `step`.
     collective_ms, exposed_ms, idle_ms: of a step on several GPUs, how long collectives ran on the GPU, how long nothing
-    else ran beside them, and how long nothing ran at all.
+    else ran beside them, and how long nothing ran at all. gib: memory by what holds it or when, for `plan`.
     """
 
     op: str
@@ -66,6 +66,7 @@ class Row:
     collective_ms: float | None = None
     exposed_ms: float | None = None
     idle_ms: float | None = None
+    gib: dict[str, float] | None = None
 
 
 def write(bench: str, rows: list[Row], ceilings: dict[str, float], folder: Path = FOLDER) -> Path:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
+from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table
 from tilestack.bench.results import FOLDER, ROOT, read
 from tilestack.kernels import ops
 
@@ -303,6 +304,12 @@ def _of_kernel(bench: str, block: Callable[[dict], str]) -> str:
     return "\n".join(blocks) or "Not measured yet.\n"
 
 
+def _each_run(bench: str, block: Callable[[dict], str]) -> str:
+    """A table for each machine, and which it was."""
+    blocks = [f"{run['device']}, {run['date'][:10]}:\n\n{block(run)}" for run in _runs(bench)]
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
 def kvcache_table() -> str:
     """A decoding step over a cache, a table for each machine."""
     return "\n".join(kvcache_block(run) for run in _runs("kvcache")) or "Not measured yet.\n"
@@ -335,4 +342,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "equality": equality_table,
     "trust": trust_table,
     **{f"trust_{op}": functools.partial(trust_table, op) for op in (*ops(), "flash_attn", "model")},
+    "plan": lambda: _each_run("plan", plan_block),
+    "planned": planned_table,
+    "adamw": lambda: _each_run("adamw", adamw_block),
 }

@@ -3,10 +3,10 @@
     engine.json                       format, dtype, number of updates; who saved it
     pieces-<rank>-<n>.safetensors     "<parameter>:<start>:<kind>" -> elements [start, ...) of the flattened parameter
 
-A kind is "weight" (float32: the master, where the model's weights are bfloat16) or a state of the optimizer ("exp_avg",
-"exp_avg_sq"). Each rank writes what it holds, in files of its own, so from ZeRO-1 on no rank ever has the whole; and a
-reader takes the elements that it needs from whatever files have them. So a checkpoint does not depend on how many ranks
-wrote it, on their ZeRO stage, or on how they split the experts.
+A kind is "weight" (the float32 master, where bfloat16 weights have one) or a state of the optimizer ("exp_avg",
+"exp_avg_sq"; float32, or bfloat16 where they are kept so). Each rank writes what it holds, in files of its own, so from
+ZeRO-1 on no rank ever has the whole; and a reader takes the elements that it needs from whatever files have them. So a
+checkpoint does not depend on how many ranks wrote it, on their ZeRO stage, or on how they split the experts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 FORMAT = "pieces-1"
 FILE_BYTES = 2 << 30  # a file's tensors are copied to the host together
 WEIGHT = "weight"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 class CheckpointError(ValueError):
@@ -137,16 +138,17 @@ class _Stored:
     key: str
 
 
-def read_pieces(folder: Path, pieces: list[Piece], sizes: Mapping[str, int]) -> None:
+def read_pieces(folder: Path, pieces: Iterable[Piece], sizes: Mapping[str, int]) -> None:
     """Copy the checkpoint's elements into the pieces' tensors.
 
+    pieces: asked for one at a time, so that a piece may be a copy of what only the optimizer can read.
     sizes: how many elements each parameter of the model has, over all ranks. Nothing is copied before the checkpoint
-        was found to hold these parameters, whole, and every kind that the pieces ask for.
+        was found to hold these parameters, whole, in every kind.
 
     Raises CheckpointError if a file is damaged, or if the checkpoint is incomplete or of another model.
     """
     stored = _index(folder)
-    _check(folder, stored, sizes, {kind for piece in pieces for kind in piece.tensors})
+    _check(folder, stored, sizes)
     for piece in pieces:
         for kind, target in piece.tensors.items():
             _copy(stored[piece.name, kind], piece.start, target)
@@ -165,7 +167,7 @@ def _index(folder: Path) -> dict[tuple[str, str], list[_Stored]]:
     return found
 
 
-def _check(folder: Path, stored: dict, sizes: Mapping[str, int], kinds: set[str]) -> None:
+def _check(folder: Path, stored: dict, sizes: Mapping[str, int]) -> None:
     found = {name for name, _ in stored}
     missing, extra = sorted(set(sizes) - found), sorted(found - set(sizes))
     if missing or extra:
@@ -175,7 +177,7 @@ def _check(folder: Path, stored: dict, sizes: Mapping[str, int], kinds: set[str]
             f"{folder} {' and '.join(listed)}: a file is missing, or the checkpoint is of another model"
         )
     for name, size in sizes.items():
-        for kind in sorted(kinds):
+        for kind in (WEIGHT, *MOMENTS):
             covered = 0
             for each in stored.get((name, kind), ()):
                 if each.start > covered:

@@ -21,6 +21,12 @@ class OptimizerConfig:
     max_grad_norm: gradients are scaled down to this global 2-norm; 0 switches clipping off.
     non_finite: what a NaN or infinite gradient norm does. The update is left out in either case, so that the weights
         stay good; "stop" ends the training, "skip" goes on with the next step.
+    moments: what AdamW's two moments are kept in: 8, 4 or (8bit) 2 bytes a parameter. Below float32 they are rounded up
+        or down by chance, which is right on average.
+    master_weights: keep bfloat16 weights a second time in float32, 4 bytes a parameter; without, an update is rounded
+        to the bfloat16 weights themselves, up or down by chance. With distributed.zero 2 or 3, or in one process.
+    offload: keep master weights and moments in the host's memory and update there. With DeepSpeed and ZeRO 1 to 3,
+        float32 moments and master weights.
     """
 
     lr: float = 3e-4
@@ -30,6 +36,9 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     non_finite: Literal["stop", "skip"] = "stop"
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    master_weights: bool = True
+    offload: bool = False
 
     def __post_init__(self):
         for name in ("lr", "eps", "weight_decay", "max_grad_norm"):
@@ -42,6 +51,13 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} must be in [0, 1), got {value!r}")
         if self.non_finite not in ("stop", "skip"):
             raise ValueError(f"optimizer.non_finite must be 'stop' or 'skip', got {self.non_finite!r}")
+        if self.moments not in ("float32", "bfloat16", "8bit"):
+            raise ValueError(f"optimizer.moments must be 'float32', 'bfloat16' or '8bit', got {self.moments!r}")
+        if self.offload and (self.moments != "float32" or not self.master_weights):
+            raise ValueError(
+                "optimizer.offload updates float32 moments and master weights on the host; set optimizer.moments to "
+                "float32 and optimizer.master_weights to true, or offload to false"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +102,29 @@ class DistributedConfig:
         for name in ("expert_parallel", "expert_chunks", "sequence_parallel"):
             if getattr(self, name) < 1:
                 raise ValueError(f"distributed.{name} must be at least 1, got {getattr(self, name)}")
+
+    def uses_deepspeed(self, processes: int) -> bool:
+        """Whether so many processes are trained through DeepSpeed."""
+        return self.engine == "deepspeed" or (self.engine == "auto" and processes > 1)
+
+    def check_optimizer(self, optimizer: OptimizerConfig, dtype: str, with_deepspeed: bool) -> None:
+        """Raise SettingsError for a way of keeping the optimizer's state that this engine and ZeRO stage cannot do.
+
+        dtype: of the weights, as "bfloat16". A stage that only `deepspeed_config` names is not known here, but to the
+        engine, which asks again.
+        """
+        if optimizer.offload and not with_deepspeed:
+            raise SettingsError(
+                "optimizer.offload is DeepSpeed's, and this is one process without it; set distributed.engine to "
+                "deepspeed, or start more processes with torchrun"
+            )
+        if optimizer.offload and self.zero == 0:
+            raise SettingsError("optimizer.offload works with distributed.zero 1, 2 or 3, got 0")
+        if dtype == "bfloat16" and not optimizer.master_weights and with_deepspeed and self.zero in (0, 1):
+            raise SettingsError(
+                "optimizer.master_weights = false with bfloat16 weights works with distributed.zero 2 or 3, or in one "
+                f"process without DeepSpeed, got distributed.zero = {self.zero}"
+            )
 
     def data_ranks(self, rank: int, world_size: int) -> tuple[int, int]:
         """(rank, number) among those that take different data: neighbours that share rows take the same."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import io
 import os
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -20,20 +22,22 @@ import deepspeed
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
 
 from tilestack.distributed.checkpoint import CheckpointError, Saving, numbers, read_pieces, read_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.deepspeed_settings import check_model, check_processes, deepspeed_settings
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, check_model, check_processes, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.optimizer import AdamW
 from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.distributed.zero3_loading import materialise_parts
-from tilestack.distributed.zero_pieces import OptimizerState
+from tilestack.distributed.zero_pieces import OptimizerState, update_weights_in_place
 from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
 from tilestack.models.export import Part, write_model
 
@@ -93,6 +97,8 @@ class DeepSpeedEngine:
         check_processes(distributed, world.world_size)
         check_model(distributed, model.config)
         _check_one_number_of_ranks_a_row(distributed)
+        exact = dataclasses.replace(distributed, zero=self.stage)  # a file of the user's own may name it
+        exact.check_optimizer(optimizer, str(dtype).removeprefix("torch."), with_deepspeed=True)
         for parameter in model.parameters():
             parameter.__dict__.pop("gradient_sum", None)  # of a local engine that had the model before
         self.sequence = _join_sequence(distributed.sequence_parallel, world)
@@ -106,7 +112,9 @@ class DeepSpeedEngine:
         elif weights is not None:
             materialise(model, weights, self.device, self._begins())
         groups = parameter_groups(model, optimizer.weight_decay)
-        client = None if "optimizer" in settings else _adamw(groups, optimizer, self.device)
+        if self.stage == 2:
+            groups = [part for group in groups for part in _divided(group, self._ranks_of(group))]
+        client = None if "optimizer" in settings else _adamw(groups, optimizer, settings)
         with _quiet():
             split = {
                 "experts_are_split": self.experts is not None,
@@ -115,6 +123,8 @@ class DeepSpeedEngine:
             self.engine = _initialize(model, client, groups, settings, **split)
         if self.sequence is not None and hasattr(self.engine.optimizer, "bf16_groups"):
             self.engine.optimizer.mpu = None  # it would take ranks that share rows for ranks that share weights
+        if self.stage in (1, 2) and not optimizer.master_weights and dtype == torch.bfloat16:
+            update_weights_in_place(self.engine.optimizer)
         if self.stage == 0:
             self._state().restart()  # in bfloat16 DeepSpeed's wrapper has made an update of nothing
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
@@ -199,7 +209,7 @@ class DeepSpeedEngine:
         folder, state, updates, failure = Path(folder), self._state(), 0, None
         try:
             updates = read_state(folder, next(self.model.parameters()).dtype)
-            read_pieces(folder, list(state.pieces()), self._sizes())
+            read_pieces(folder, state.pieces(loading=True), self._sizes())
         except CheckpointError as error:
             failure = error
         # what follows is a collective: if one rank could not read its part, no rank goes there
@@ -225,6 +235,10 @@ class DeepSpeedEngine:
         sizes = {n: getattr(p, "ds_numel", p.numel()) for n, p in self.model.named_parameters() if p.requires_grad}
         split = split_weights(self.model) if self.experts is not None else {}
         return sizes | {name: sizes[name] * self._expert_ranks() for name in split if name in sizes}
+
+    def _ranks_of(self, group: dict) -> int:
+        """How many ranks have the same weights of a group, and share its update."""
+        return self.world_size // self._expert_ranks() if group.get("moe") else self.world_size
 
     def _expert_ranks(self) -> int:
         return 1 if self.experts is None else self.experts.size
@@ -347,7 +361,30 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return groups
 
 
-def _adamw(groups: list[dict], optimizer: OptimizerConfig, device: torch.device) -> torch.optim.AdamW:
+def _divided(group: dict, ranks: int) -> Iterator[dict]:
+    """The group in smaller ones, for ZeRO-2, which copies the gradients of a whole group while it updates it.
+
+    Each rank has an equal part of a group. The gradient of a weight that a boundary cuts would be kept whole on both
+    sides, so a group has weights of one shape, as many as give each rank whole ones; what is left over is one more.
+    """
+    shapes = defaultdict(list)
+    for parameter in group["params"]:
+        shapes[parameter.shape].append(parameter)
+    left = []
+    for alike in shapes.values():
+        together = ranks * max(1, UPDATED_TOGETHER // alike[0].numel())
+        whole = len(alike) // ranks * ranks
+        for begin in range(0, whole, together):
+            yield group | {"params": alike[begin : min(begin + together, whole)]}
+        left += alike[whole:]
+    if left:
+        yield group | {"params": left}
+
+
+def _adamw(groups: list[dict], optimizer: OptimizerConfig, settings: dict) -> torch.optim.Optimizer:
+    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
+        if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # or DeepSpeed warns that it was not tested
+            ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+        return AdamW(groups, optimizer)
     betas = (optimizer.beta1, optimizer.beta2)
-    # every step sets its learning rate; without ZeRO DeepSpeed makes an update before the first
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optimizer.eps, fused=device.type == "cuda")
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optimizer.eps, fused=True)

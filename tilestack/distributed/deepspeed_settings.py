@@ -12,6 +12,7 @@ from transformers import Qwen3MoeConfig
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 
 DEFAULT_STAGE = 2
+UPDATED_TOGETHER = 1 << 28  # parameters, whose gradients DeepSpeed copies while it updates them
 
 
 def deepspeed_settings(
@@ -37,6 +38,7 @@ def deepspeed_settings(
     }
     for key, value in own.items():
         _agree(settings, (key,), value)
+    _keep_states(settings, optimizer, accumulation, dtype)
     if "optimizer" in settings:
         params = settings["optimizer"].setdefault("params", {})
         chosen = {"betas": [optimizer.beta1, optimizer.beta2], "weight_decay": optimizer.weight_decay}
@@ -65,9 +67,6 @@ def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) ->
     _agree(settings, ("bf16", "enabled"), dtype == torch.bfloat16)
     if dtype == torch.bfloat16:
         settings["bf16"].setdefault("check_grad_overflow", True)
-        if zero["stage"] > 0:  # DeepSpeed refuses it without ZeRO
-            # micro-batches' gradients are summed in float32, as our own engine does
-            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
     settings.setdefault("steps_per_print", None)
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     return settings
@@ -110,6 +109,34 @@ def zero_stage(distributed: DistributedConfig) -> int:
         return distributed.zero
     own = _read(distributed.deepspeed_config) if distributed.deepspeed_config else {}
     return own.get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
+
+
+def _keep_states(settings: dict[str, Any], optimizer: OptimizerConfig, accumulation: int, dtype: torch.dtype) -> None:
+    """What gradients are summed in, what master weights are, and where the optimizer's state is."""
+    zero = settings["zero_optimization"]
+    zero.setdefault("sub_group_size", UPDATED_TOGETHER)
+    if dtype == torch.bfloat16 and (zero["stage"] == 1 or (zero["stage"] > 1 and accumulation > 1)):
+        # micro-batches' gradients are summed in float32, as our own engine does; ZeRO-1 has no other way that works
+        # with experts, and without ZeRO DeepSpeed refuses it
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    if "optimizer" in settings:
+        plain = OptimizerConfig()
+        for key in ("moments", "master_weights", "offload"):
+            if getattr(optimizer, key) != getattr(plain, key):
+                raise SettingsError(
+                    f"optimizer.{key} = {getattr(optimizer, key)!r} is tilestack's own AdamW, and the DeepSpeed "
+                    f"configuration names an optimizer of DeepSpeed's; remove one of them"
+                )
+        return
+    if dtype == torch.bfloat16 and not optimizer.master_weights:
+        # the second says who makes the moments as it likes, which is our optimizer
+        settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    if optimizer.offload:
+        _agree(settings, ("zero_optimization", "offload_optimizer", "device"), "cpu")
+        zero["offload_optimizer"].setdefault("pin_memory", torch.cuda.is_available())
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # torch's fused AdamW updates there: DeepSpeed's own would be compiled on the user's machine
+        settings.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def _read(path: str) -> dict[str, Any]:

@@ -56,7 +56,7 @@ class StepGraphs:
         self.inputs: dict[tuple[int, int], MicroBatch] = {}
         self.runs: dict[Any, int] = {}
         self.recorded: dict[Any, Any] = {}
-        self.scalars = {decay: torch.zeros(3, device=engine.device) for decay in (0.0, engine.optimizer.weight_decay)}
+        self.scalars = {decay: torch.zeros(4, device=engine.device) for decay in (0.0, engine.optimizer.weight_decay)}
         self.grad_norm = torch.zeros((), device=engine.device)
         for slot in engine.slots.values():
             if slot.grad is None:  # gradients are added to what lies here, also those of a single micro-batch

@@ -22,7 +22,7 @@ from tilestack.models.weights import is_outline
 
 def uses_deepspeed(distributed: DistributedConfig, world: World) -> bool:
     """Whether the configuration means DeepSpeed for this many processes."""
-    return distributed.engine == "deepspeed" or (distributed.engine == "auto" and world.world_size > 1)
+    return distributed.uses_deepspeed(world.world_size)
 
 
 def start(distributed: DistributedConfig) -> World:
@@ -89,6 +89,8 @@ def make_engine(
         )
     recompute_activations(model, activation_checkpointing, offload=activation_offload)
     world = current_world()
+    (dtype,) = dtypes
+    distributed.check_optimizer(optimizer, str(dtype).removeprefix("torch."), uses_deepspeed(distributed, world))
     if uses_deepspeed(distributed, world):
         from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 

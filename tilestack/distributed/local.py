@@ -15,6 +15,7 @@ from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.graphs import HOST_BOUND, StepGraphs
 from tilestack.distributed.objective import StepSums, evaluation_sums
+from tilestack.distributed.optimizer import new_moments, readable, take_up
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
@@ -28,14 +29,15 @@ MEASURED_STEP = 3  # the first two compile kernels
 class _Slot:
     """One parameter with what the optimizer keeps for it.
 
+    moments: as `kernels.adamw` takes them. seed: of the random numbers that it rounds with; each parameter has its own.
     grad: the float32 sum of the micro-batches' bfloat16 gradients, which would lose what they add; None where the
         parameter's own .grad will do.
     """
 
     parameter: torch.nn.Parameter
     weight_decay: float
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
+    moments: dict[str, torch.Tensor]
+    seed: int
     master: torch.Tensor | None
     grad: torch.Tensor | None
 
@@ -46,8 +48,9 @@ class _Slot:
 class LocalEngine:
     """Trains a model in this process. See `Engine` for the contract.
 
-    With bfloat16 weights, master weights and moments are float32: 16 bytes a parameter with its gradient, 18 with
-    accumulation, where gradients are summed in float32. With float32 weights there is no master: 16 bytes.
+    With bfloat16 weights, master weights and moments are float32 unless `optimizer` says otherwise: 16 bytes a
+    parameter with its gradient, 18 with accumulation, where gradients are summed in float32. With float32 weights there
+    is no master: 16 bytes.
 
     weights: what an outline of a model is filled with.
     record_graphs: on a GPU, find out in the third step whether the host keeps it waiting, and if so replay recorded
@@ -70,22 +73,20 @@ class LocalEngine:
         self.optimizer = optimizer
         self.accumulation = accumulation
         self.updates = 0
-        self.slots = {name: self._slot(p) for name, p in model.named_parameters() if p.requires_grad}
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.slots = {name: self._slot(p, seed) for seed, (name, p) in enumerate(trained)}
         self.graphs: StepGraphs | None = None
         self._steps_until_measured = MEASURED_STEP if record_graphs and self.device.type == "cuda" else 0
 
-    def _slot(self, parameter: torch.nn.Parameter) -> _Slot:
-        def zeros() -> torch.Tensor:
-            return torch.zeros_like(parameter, dtype=torch.float32)
-
+    def _slot(self, parameter: torch.nn.Parameter, seed: int) -> _Slot:
         low_precision = parameter.dtype != torch.float32
         slot = _Slot(
             parameter,
             weight_decay=self.optimizer.weight_decay if parameter.ndim >= 2 else 0.0,
-            exp_avg=zeros(),
-            exp_avg_sq=zeros(),
-            master=parameter.detach().float() if low_precision else None,
-            grad=zeros() if low_precision and self.accumulation > 1 else None,
+            moments=new_moments(parameter, self.optimizer.moments),
+            seed=seed,
+            master=parameter.detach().float() if low_precision and self.optimizer.master_weights else None,
+            grad=torch.zeros_like(parameter, dtype=torch.float32) if low_precision and self.accumulation > 1 else None,
         )
         parameter.gradient_sum = slot.grad  # for what can add to it in place: the LM head, the experts
         if slot.grad is not None:
@@ -163,8 +164,7 @@ class LocalEngine:
             adamw(
                 slot.parameter,
                 slot.gradient(),
-                slot.exp_avg,
-                slot.exp_avg_sq,
+                **slot.moments,
                 master=slot.master,
                 step=self.updates,
                 lr=lr,
@@ -174,6 +174,7 @@ class LocalEngine:
                 weight_decay=slot.weight_decay,
                 grad_scale=scale,
                 scalars=None if scalars is None else scalars[slot.weight_decay],
+                seed=slot.seed,
             )
 
     def evaluate(self, batches: Iterable[MicroBatch]) -> float:
@@ -191,7 +192,7 @@ class LocalEngine:
         folder = Path(folder)
         updates = read_state(folder, self._dtype())
         sizes = {name: slot.parameter.numel() for name, slot in self.slots.items()}
-        read_pieces(folder, list(self._pieces()), sizes)
+        read_pieces(folder, self._pieces(loading=True), sizes)
         with torch.no_grad():
             for slot in self.slots.values():
                 if slot.master is not None:
@@ -205,11 +206,14 @@ class LocalEngine:
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def _pieces(self) -> Iterator[Piece]:
+    def _pieces(self, loading: bool = False) -> Iterator[Piece]:
+        """What this process has, one parameter at a time. loading: take up what was written to a piece, at the next."""
         for name, slot in self.slots.items():
             weight = slot.parameter.detach() if slot.master is None else slot.master
-            state = {WEIGHT: weight, "exp_avg": slot.exp_avg, "exp_avg_sq": slot.exp_avg_sq}
-            yield Piece(name, 0, {kind: tensor.view(-1) for kind, tensor in state.items()})
+            moments = readable(slot.moments)
+            yield Piece(name, 0, {kind: tensor.view(-1) for kind, tensor in ({WEIGHT: weight} | moments).items()})
+            if loading:
+                take_up(slot.moments, moments)
 
 
 def _add_and_free(total: torch.Tensor, parameter: torch.nn.Parameter) -> None:

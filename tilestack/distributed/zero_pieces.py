@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
-from tilestack.distributed.checkpoint import WEIGHT, CheckpointError, Piece
-
-KINDS = ("exp_avg", "exp_avg_sq")  # of AdamW
+from tilestack.distributed.checkpoint import MOMENTS, WEIGHT, CheckpointError, Piece
+from tilestack.distributed.optimizer import AdamW, readable, take_up
 
 
 @dataclass(frozen=True)
@@ -53,21 +53,33 @@ class OptimizerState:
     def updates(self) -> int:
         """How many updates were made."""
         for flat, _, _ in self._flats():
-            return int(self.base.state[flat].get("step", 0))
+            return int(self.base.state.get(flat, {}).get("step", 0))
         return 0
 
-    def pieces(self) -> Iterator[Piece]:
-        """What this rank holds. A state that is not there yet, before the first update, is made: zero."""
+    def pieces(self, loading: bool = False) -> Iterator[Piece]:
+        """What this rank holds. A state that is not there yet, before the first update, is made: zero.
+
+        loading: take up what was written to the pieces of a flat tensor, when the next one's are asked for.
+        """
         for flat, parts, group in self._flats():
-            state = self.base.state[flat]
-            if not state:
-                state |= {kind: torch.zeros_like(flat) for kind in KINDS}
-                self._set_step(state, group, flat, 0)
-            kinds = {WEIGHT: flat.detach()} | {kind: state[kind] for kind in KINDS}
+            state = self._state(flat, group)
+            moments = readable(state)
+            kinds = {WEIGHT: flat.detach()} | moments
             for part in parts:
                 name = self.names[id(part.parameter)]
                 tensors = {kind: each.view(-1).narrow(0, part.offset, part.numel) for kind, each in kinds.items()}
                 yield Piece(name, self.begins.get(name, 0) + part.start, tensors)
+            if loading:
+                take_up(state, moments)
+
+    def _state(self, flat: torch.Tensor, group: dict) -> dict[str, Any]:
+        if isinstance(self.base, AdamW):
+            return self.base.start(flat)
+        state = self.base.state[flat]
+        if not state:
+            state |= {kind: torch.zeros_like(flat) for kind in MOMENTS}
+            self._set_step(state, group, flat, 0)
+        return state
 
     def restart(self) -> None:
         """No update was made yet: whatever state there is counts from 0."""
@@ -154,3 +166,18 @@ class OptimizerState:
         if zero.persistent_parameters:  # small ones, kept whole on every rank
             zero.persistent_parameters[0].partition(zero.persistent_parameters)
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def update_weights_in_place(zero: Any) -> None:
+    """Let a `DeepSpeedZeroOptimizer` (ZeRO 1 and 2) with bfloat16 masters update the model's own weights.
+
+    It makes a copy of its part of the weights, in which it updates; ZeRO-3 uses the part itself by its own choice.
+    """
+    for index, flat in enumerate(zero.single_partition_of_fp32_groups):
+        rank = dist.get_rank(group=zero.real_dp_process_group[index])
+        flat.data = zero.parallel_partitioned_bit16_groups[index][rank].detach()
+        for parameter in zero.bit16_groups[index]:
+            at = parameter._hp_mapping
+            if at is not None:
+                place = at.hp_fragment_address
+                at.hp_fragment = flat.detach().narrow(0, place.start, place.numel)

@@ -97,7 +97,8 @@ def _linear_cross_entropy(t: Tensors) -> Work:
 
 
 def _adamw(t: Tensors) -> Work:
-    written = ("exp_avg", "exp_avg_sq", "master" if "master" in t.shapes else "param")
+    scales = [name for name in ("exp_avg_scale", "exp_avg_sq_scale") if name in t.shapes]
+    written = ("exp_avg", "exp_avg_sq", *scales, "master" if "master" in t.shapes else "param")
     narrow = t.bytes("param") if "master" in t.shapes else 0  # only written: the master is what is read
     return Work(0, t.bytes("grad") + 2 * t.bytes(*written) + narrow)
 

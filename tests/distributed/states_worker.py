@@ -1,0 +1,94 @@
+"""What torchrun starts for test_optimizer_states.py: the tiny model in bfloat16 with each way of keeping the state.
+
+usage: states_worker.py FOLDER SETTING..., as "3-8bit-bare": the ZeRO stage, then any of "experts" (the ranks share
+them), "bfloat16" or "8bit" (moments), "bare" (no master weights), "offload", "once" (one micro-batch a rank and step).
+Every rank writes FOLDER/<rank>.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from distributed.tiny import global_step, tiny_model
+from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
+from tilestack.distributed.deepspeed_engine import whole_weights
+
+STEPS = 5
+
+
+def chosen(setting: str, ranks: int) -> tuple[DistributedConfig, OptimizerConfig]:
+    zero, *words = setting.split("-")
+    moments = next((word for word in words if word in ("bfloat16", "8bit")), "float32")
+    distributed = DistributedConfig(
+        engine="deepspeed", zero=int(zero), expert_parallel=ranks if "experts" in words else 1
+    )
+    optimizer = OptimizerConfig(
+        lr=1e-2, max_grad_norm=0.5, moments=moments, master_weights="bare" not in words, offload="offload" in words
+    )
+    return distributed, optimizer
+
+
+def made(setting: str):
+    distributed, optimizer = chosen(setting, int(os.environ["WORLD_SIZE"]))
+    start(distributed)
+    return make_engine(tiny_model(torch.bfloat16), optimizer, distributed, micro_batches(setting))
+
+
+def micro_batches(setting: str) -> int:
+    return 1 if "once" in setting else 2
+
+
+def train(engine, setting: str, first: int, last: int) -> list[float]:
+    ranks, results = engine.world_size, []
+    for step in range(first, last):
+        batches = global_step(step, ranks * micro_batches(setting))[engine.rank :: ranks]
+        results.append(engine.train_step(batches, lr=1e-2).loss.item())
+    return results
+
+
+def state_bytes(engine) -> dict[str, int]:
+    """What this rank holds: the model's weights, the flat tensors that are updated, moments and scales, gradients."""
+    base = engine.engine.basic_optimizer
+    moments = dict.fromkeys(("moments", "scales"), 0)
+    for state in base.state.values():
+        for name, each in state.items():
+            if isinstance(each, torch.Tensor) and name != "step":
+                moments["scales" if name.endswith("scale") else "moments"] += each.nbytes
+    own = [getattr(each, "ds_tensor", each) for each in engine.model.parameters()]
+    found = {"model": sum(each.nbytes for each in own), "updated": sum(flat.nbytes for flat in base.state)}
+    if engine.stage == 3:
+        found["gradients"] = engine.engine.optimizer.grad_partitions_flat_buffer.nbytes
+    return found | moments
+
+
+def run(folder: Path, setting: str) -> dict:
+    engine = made(setting)
+    found = {"losses": train(engine, setting, 0, 3)}
+    checkpoint = folder / setting
+    checkpoint.mkdir(exist_ok=True)
+    engine.save(checkpoint)
+    found["losses"] += train(engine, setting, 3, STEPS)
+    found["bytes"] = state_bytes(engine)
+    resumed = made(setting)
+    resumed.load(checkpoint)
+    found["resumed"] = train(resumed, setting, 3, STEPS)
+    weights, again = (whole_weights(each.model, keep=True, experts=each.experts) for each in (engine, resumed))
+    found["same weights"] = all(torch.equal(weights[name], again[name]) for name in weights)
+    found["dtypes"] = sorted({str(each.dtype) for each in weights.values()})
+    return found
+
+
+def main() -> None:
+    folder, settings = Path(sys.argv[1]), sys.argv[2:]
+    results = {}
+    for setting in settings:
+        results[setting] = run(folder, setting)
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What a training step holds of each GPU's memory, by part, before anything is built.
+
+Three moments of a step may be its highest, and the highest counts:
+
+    loss        after the forward pass: all that layers keep, and the LM head with its loss at work
+    backward    at the first or the last layer: what is still kept, the gradients so far, one layer at work
+    update      all gradients, and the copies that DeepSpeed makes while it updates
+
+Sizes follow from the model's shape and from what the engines and DeepSpeed 0.19 allocate; `tilestack bench plan`
+measures the same, and docs/training.md has both side by side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PretrainedConfig
+
+from tilestack.distributed.step_model import Layout, parameters
+from tilestack.kernels.adamw.eight_bits import GROUP
+from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
+
+GIB = 2**30
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: elements
+UPDATED_TOGETHER = 1 << 28  # elements; deepspeed_settings.py
+LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
+WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
+MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
+OUTSIDE = {1: 0.6 * GIB, 2: 1.6 * GIB}  # of CUDA and cuBLAS alone; with NCCL. torch's allocator does not see it
+SLACK = 0.03  # of what is allocated: blocks that the allocator holds and cannot use
+
+
+@dataclass(frozen=True)
+class Training(Layout):
+    """A layout, and how weights, optimizer state and activations are kept; the names are those of the configuration."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    deepspeed: bool = True
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    master_weights: bool = True
+    activation_offload: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
+    def has_master(self) -> bool:
+        return self.dtype == "bfloat16" and (self.master_weights or (self.deepspeed and self.zero == 0))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU. moments: by moment of a step, what each part holds. outside: of CUDA and NCCL."""
+
+    moments: dict[str, dict[str, float]]
+    outside: float
+
+    @property
+    def highest(self) -> str:
+        """The moment that needs most."""
+        return max(self.moments, key=lambda moment: sum(self.moments[moment].values()))
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What each part holds at the highest moment."""
+        return self.moments[self.highest]
+
+    @property
+    def allocated(self) -> float:
+        """The most that torch allocates: torch.cuda.max_memory_allocated."""
+        return sum(self.parts.values())
+
+    @property
+    def total(self) -> float:
+        """What the GPU must have."""
+        return self.allocated * (1 + SLACK) + self.outside
+
+
+def memory(model: PretrainedConfig, training: Training) -> Memory:
+    """What a step of a Qwen3-MoE holds of each GPU."""
+    sizes = _Sizes(model, training)
+    resident = sizes.resident()
+    moments = {
+        "loss": sizes.at_the_loss(),
+        "backward, last layer": sizes.in_backward(model.num_hidden_layers),
+        "backward, first layer": sizes.in_backward(1),
+        "update": sizes.in_update(),
+    }
+    held = {
+        moment: {part: size for part, size in (resident | parts).items() if size} for moment, parts in moments.items()
+    }
+    return Memory(held, OUTSIDE[min(2, training.gpus)])
+
+
+def host_bytes(model: PretrainedConfig, training: Training) -> float:
+    """Of the host's memory for one GPU: the offloaded state with a gradient and bfloat16 copy, and offloaded inputs."""
+    sizes = _Sizes(model, training)
+    inputs = sizes.kept(1.0) * model.num_hidden_layers if training.activation_offload else 0.0
+    return inputs + (sizes.own * (4 + 8 + 4 + 2) if training.offload else 0.0)
+
+
+class _Sizes:
+    def __init__(self, model: PretrainedConfig, training: Training):
+        self.model, self.training = model, training
+        self.tokens = training.micro_batch_tokens / training.sequence_parallel
+        others, experts = parameters(model)
+        self.experts = experts / training.expert_parallel
+        self.here = others + self.experts  # parameters that this rank computes with
+        shared = training.deepspeed and training.zero > 0
+        self.own = (others + experts) / training.gpus if shared else self.here  # those that it updates
+        self.head = model.vocab_size * model.hidden_size
+        self.layer = (self.here - 2 * self.head) / model.num_hidden_layers
+        self.block = self.experts / model.num_hidden_layers
+        self.sums_in_float32 = training.dtype == "float32" or self._sums_in_float32()
+
+    def _sums_in_float32(self) -> bool:
+        t = self.training
+        if t.deepspeed and t.zero <= 1:
+            return t.zero == 1
+        return t.accumulation > 1
+
+    def resident(self) -> dict[str, float]:
+        """What is there at every moment."""
+        t = self.training
+        sharded = t.deepspeed and t.zero == 3
+        on_gpu = 0 if t.offload else 1
+        return {
+            "weights": t.itemsize * (self.own if sharded else self.here),
+            "master weights": 4 * self.own * on_gpu * t.has_master,
+            "moments": MOMENT_BYTES[t.moments] * self.own * on_gpu,
+        }
+
+    def gradients(self, layers_left: int) -> float:
+        """When the backward pass has come so far that so many layers are left; 0: all are there."""
+        t = self.training
+        size = 4 if self.sums_in_float32 else t.itemsize
+        if t.deepspeed and t.zero >= 2:
+            if t.offload and (t.zero == 3 or not self.sums_in_float32):
+                return 0.0  # they are on the host
+            return size * self.own
+        done = self.here - self.layer * layers_left - self.head * (layers_left > 0)
+        if t.deepspeed and t.zero == 1:
+            return 4 * self.here + t.itemsize * done
+        if t.accumulation > 1 and self.sums_in_float32:
+            return size * self.here
+        return size * done
+
+    def buckets(self) -> float:
+        """Where DeepSpeed collects gradients to reduce them, and what the reduction makes of them."""
+        t = self.training
+        if not t.deepspeed or t.gpus == 1 or t.zero < 2:
+            return 0.0
+        return 2.0 * BUCKET * t.itemsize
+
+    def gathered(self) -> float:
+        """ZeRO-3: weights that are whole meanwhile."""
+        t = self.training
+        if not t.deepspeed or t.zero < 3 or t.gpus == 1:
+            return 0.0
+        return t.itemsize * min(self.here, max(LIVE, self.layer) + self.block)
+
+    def kept(self, share: float) -> float:
+        """What `share` of one layer's tokens keep, on the GPU or (offloaded) on the host."""
+        t, m = self.training, self.model
+        width = t.itemsize * self.tokens * share
+        heads, attended = m.num_attention_heads, 4 * self.tokens * share * m.num_attention_heads
+        if t.checkpointing == "full":
+            return width * m.hidden_size
+        if t.checkpointing == "selective":
+            return width * (m.hidden_size + heads * m.head_dim) + attended
+        return self.whole_layer() * share
+
+    def whole_layer(self) -> float:
+        """All that one layer keeps for its backward."""
+        m, t = self.model, self.training
+        kv_heads = m.num_key_value_heads
+        heads = m.num_attention_heads + 2 * kv_heads
+        attention = heads + (heads - kv_heads) + m.num_attention_heads
+        if t.sequence_parallel > 1:  # what was exchanged is kept beside what was made
+            attention += m.num_attention_heads + 2 * max(kv_heads, t.sequence_parallel)
+        width = 4 * m.hidden_size + attention * m.head_dim + m.num_experts_per_tok * 2 * m.moe_intermediate_size
+        width += self.rows() * m.hidden_size if t.expert_parallel > 1 else 0
+        small = 4 * m.num_attention_heads + m.num_experts * t.itemsize + 16 * m.num_experts_per_tok
+        return self.tokens * (t.itemsize * width + small)
+
+    def rows(self) -> float:
+        """Expert parallelism: rows that arrive for each token of this rank's own."""
+        ranks = self.training.expert_parallel
+        return ranks * (1 - (1 - 1 / ranks) ** self.model.num_experts_per_tok)
+
+    def at_work(self) -> float:
+        """In the backward of one layer: what it keeps, if it is made again, and the larger of its two halves."""
+        m, t = self.model, self.training
+        again = self.whole_layer() if t.checkpointing != "none" else 0.0
+        inner = m.moe_intermediate_size
+        experts = t.itemsize * m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
+        if t.expert_parallel > 1:
+            experts += t.itemsize * 3 * self.rows() * m.hidden_size
+        attention = (4 + 2 * t.itemsize) * m.num_attention_heads * m.head_dim
+        return again + self.tokens * (max(experts, attention) + t.itemsize * 4 * m.hidden_size)
+
+    def activations(self, layers: int) -> float:
+        on_host = self.training.activation_offload and self.training.checkpointing != "none"
+        attended = self.kept(1.0) - self.training.itemsize * self.tokens * self.model.hidden_size if on_host else None
+        return layers * (self.kept(1.0) if attended is None else attended)
+
+    def at_the_loss(self) -> dict[str, float]:
+        m, t = self.model, self.training
+        float32_sum = 4 * self.head
+        others = max(MAX_LOGITS_BYTES, 0 if self._adds_in_place() else t.itemsize * self.head)
+        first = t.accumulation == 1
+        return {
+            "gradients": self.gradients(m.num_hidden_layers + 1 if first else 0) if self._lasts() or not first else 0.0,
+            "gathered weights": self.gathered(),
+            "activations": self.activations(m.num_hidden_layers),
+            "head and loss": float32_sum + others + 2 * t.itemsize * self.tokens * m.hidden_size,
+        }
+
+    def _lasts(self) -> bool:
+        """Gradients have memory of their own from the start."""
+        return self.training.deepspeed and self.training.zero in (1, 3)
+
+    def _adds_in_place(self) -> bool:
+        return not self.training.deepspeed and self.training.accumulation > 1
+
+    def in_backward(self, layer: int) -> dict[str, float]:
+        t = self.training
+        fresh = 0.0 if self._adds_in_place() else t.itemsize * self.block
+        if not t.deepspeed or t.zero < 2:
+            fresh = 0.0  # they are among the gradients
+        return {
+            "gradients": self.gradients(layer - 1),
+            "gathered weights": self.gathered(),
+            "buckets": self.buckets() + fresh,
+            "activations": self.activations(layer),
+            "layer at work": self.at_work(),
+        }
+
+    def in_update(self) -> dict[str, float]:
+        return {"gradients": self.gradients(0), "copies for the update": self.copies()}
+
+    def copies(self) -> float:
+        t = self.training
+        if not t.deepspeed or t.offload:
+            return 0.0
+        if t.zero == 0:
+            return 4.0 * self.here if t.dtype == "bfloat16" else 0.0
+        if t.zero == 1:
+            return 0.0
+        together = min(self.own, UPDATED_TOGETHER + (self.block if t.zero == 2 else 0))
+        size = 4 if self.sums_in_float32 else t.itemsize
+        kept_in = 4 if t.has_master or t.dtype == "float32" else 2
+        flat = 0 if t.zero == 2 and self.sums_in_float32 else size * together
+        return flat + (kept_in * together if kept_in != size else 0)
