@@ -234,8 +234,8 @@ def row(folder: Path, name: str, dtype: str) -> dict:
 
 def report(folder: Path, result: Path) -> None:
     """Compare all that was run, print it and write the result file."""
-    names = [each for each in (*WHOLE_ROWS, *SHARED_ROWS) if (folder / f"{each}-float32.json").exists()]
-    rows = [row(folder, name, dtype) for name in ("alone", *names) for dtype in DTYPES]
+    trainings = [(name, dtype) for name in ("alone", *WHOLE_ROWS, *SHARED_ROWS) for dtype in DTYPES]
+    rows = [row(folder, *each) for each in trainings if (folder / f"{'-'.join(each)}.json").exists()]
     for each in rows:
         print(json.dumps(each), flush=True)
     save(record("equality", rows, {}), result)
