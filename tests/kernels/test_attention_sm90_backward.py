@@ -170,6 +170,17 @@ BUGS = {  # a case, and (lines of the source, what they become) ...
         PLAIN,
         ("            tma.store_wait(0)  # the previous dQ has left shared memory\n", "            pass\n"),
     ),
+    "dS' is read before a fence": (
+        PLAIN,
+        ("        fence_async_shared()\n        # after the last block", "        # after the last block"),
+    ),
+    "dQ is added before a fence": (
+        dataclasses.replace(PLAIN, deterministic=True),
+        (
+            "            fence_async_shared()\n            if DETERMINISTIC:\n                barrier_arrive(DQ_FULL",
+            "            if DETERMINISTIC:\n                barrier_arrive(DQ_FULL",
+        ),
+    ),
     "the turn is kept": (
         dataclasses.replace(PLAIN, deterministic=True),
         ("        pass_turn(turn, 1)\n", ""),

@@ -9,15 +9,17 @@ then the others go as far as they can. What the hardware may do late is late her
 * wgmma runs only at its wait, after every other partition has gone as far as it can: who releases a buffer too early is
   overtaken;
 * TMA stores and reductions read their buffer as late as their wait allows;
+* what a partition stores into shared memory is there for wgmma and TMA only after its next fence_async_shared;
 * shared memory is NaN until it is written.
 
 A missing wait, an early release, a forgotten arrival, a store that overtakes: each shows as NaN, wrong numbers, a
-DeadlockError or a ProtocolError, and the same `seed` shows it again. Not modelled: layouts, bank conflicts, proxy
-fences, and races between the warpgroups of one partition, which is one thread here.
+DeadlockError or a ProtocolError, and the same `seed` shows it again. Not modelled: layouts, bank conflicts, fences
+between global memory and TMA, and races between the warpgroups of one partition, which is one thread here.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import random
@@ -159,29 +161,58 @@ class Mbarriers:
         return self.items[int(i)]
 
 
+class Proxy:
+    """What each partition has stored into shared memory since its last fence: wgmma and TMA of any may miss it."""
+
+    def __init__(self):
+        self.stored: dict[int, list[range]] = collections.defaultdict(list)  # by the partition's thread
+
+    def store(self, data: torch.Tensor) -> None:
+        self.stored[threading.get_ident()].append(_bytes(data))
+
+    def fence(self, **_: Any) -> None:
+        self.stored[threading.get_ident()].clear()
+
+    def read(self, data: torch.Tensor, who: str) -> None:
+        where = _bytes(data)
+        for each in itertools.chain(*self.stored.values()):
+            if each.start < where.stop and where.start < each.stop:
+                raise ProtocolError(f"{who} reads what was stored without fence_async_shared")
+
+
+def _bytes(data: torch.Tensor) -> range:
+    extent = sum((size - 1) * stride for size, stride in zip(data.shape, data.stride(), strict=True)) + 1
+    return range(data.data_ptr(), data.data_ptr() + extent * data.element_size())
+
+
 class Shared:
     """A buffer in shared memory, or a view of one."""
 
-    def __init__(self, data: torch.Tensor, scheduler: Scheduler):
+    def __init__(self, data: torch.Tensor, scheduler: Scheduler, proxy: Proxy):
         self.data = data
         self.scheduler = scheduler
+        self.proxy = proxy
         self.dtype = data.dtype
         self.shape = list(data.shape)
         self.type = SimpleNamespace(shape=self.shape)
 
+    def _view(self, data: torch.Tensor) -> Shared:
+        return Shared(data, self.scheduler, self.proxy)
+
     def index(self, i: Any) -> Shared:
-        return Shared(self.data[int(i)], self.scheduler)
+        return self._view(self.data[int(i)])
 
     def slice(self, start: Any, length: int, dim: int = 0) -> Shared:
-        return Shared(self.data.narrow(dim, int(start), length), self.scheduler)
+        return self._view(self.data.narrow(dim, int(start), length))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
-        return Shared(self.data.permute(order), self.scheduler)
+        return self._view(self.data.permute(order))
 
     def store(self, value: torch.Tensor) -> None:
         if value.dtype != self.dtype:
             raise ProtocolError(f"store of {value.dtype} into shared memory of {self.dtype}")
         self.data.copy_(value)
+        self.proxy.store(self.data)
 
     def load(self, layout: Any = None) -> torch.Tensor:
         self.scheduler.wait(lambda: True, "its load", others_first=True)
@@ -189,7 +220,7 @@ class Shared:
 
     def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any = None) -> Shared:
         count = torch.Size(shape).numel()
-        return Shared(self.data.reshape(-1).view(dtype)[:count].view(shape), self.scheduler)
+        return self._view(self.data.reshape(-1).view(dtype)[:count].view(shape))
 
     _reinterpret = reinterpret
 
@@ -245,6 +276,7 @@ class Emulator:
 
     def __init__(self, seed: int = 0):
         self.scheduler = Scheduler(seed)
+        self.proxy = Proxy()
         self.here = threading.local()
         self.rebuilt: dict[JITFunction, Callable] = {}
         self.named: dict[int, list[int]] = {}
@@ -274,6 +306,7 @@ class Emulator:
         for program in reversed(programs) if self.reversed else programs:
             self.named.clear()
             self.mbarriers.clear()
+            self.proxy.stored.clear()
             with self._partition(program, warps):
                 function(*arguments)
             if any(count for count, _ in self.named.values()):
@@ -359,6 +392,7 @@ class Emulator:
 
     def tma_store(self, desc: Descriptor, coord: list, source: Shared, add: bool = False) -> None:
         coord = [int(each) for each in coord]
+        self.proxy.read(source.data, "TMA")
 
         def leave() -> None:
             inside, within = desc.tile(coord)
@@ -415,6 +449,9 @@ class Emulator:
 
     def mma(self, a: Any, b: Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False, **_: Any) -> Any:
         result = Accumulator()
+        for each in (a, b):
+            if isinstance(each, Shared):
+                self.proxy.read(each.data, "wgmma")
 
         def run() -> None:
             left = a.data if isinstance(a, Shared) else a
@@ -462,7 +499,7 @@ class Emulator:
             _gluon.warpgroup_mma: self.mma,
             _gluon.warpgroup_mma_init: Accumulator,
             _gluon.warpgroup_mma_wait: self.mma_wait,
-            _gluon.fence_async_shared: lambda **_: None,
+            _gluon.fence_async_shared: self.proxy.fence,
             _gluon.thread_barrier: lambda: None,
             _gluon.tma_reduce_add: lambda desc, coord, source: self.tma_store(desc, coord, source, add=True),
             _gluon.barrier_sync: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, True),
@@ -485,7 +522,7 @@ class Emulator:
             barriers = Mbarriers(shape[0], self.scheduler)
             self.mbarriers += barriers.items
             return barriers
-        return Shared(torch.full(shape, float("nan"), dtype=dtype), self.scheduler)
+        return Shared(torch.full(shape, float("nan"), dtype=dtype), self.scheduler, self.proxy)
 
     def _language(self) -> SimpleNamespace:
         layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout",
