@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -12,3 +13,10 @@ if not torch.cuda.is_available():
 
 # DeepSpeed builds a small C++ part: once for each environment, not anew whenever the tests run in another one
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+
+
+@pytest.fixture(autouse=torch.cuda.is_available())
+def give_memory_back():
+    """Processes that share a GPU (pytest -n) keep nothing of it between two tests."""
+    yield
+    torch.cuda.empty_cache()

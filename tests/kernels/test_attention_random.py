@@ -41,16 +41,24 @@ def test_a_seed_makes_the_same_call_each_time(seed):
         assert tensor is None or torch.equal(tensor, made[1][name])
 
 
-def test_several_processes_share_the_seeds_and_none_is_left_out(monkeypatch):
-    seen = []
+def test_the_parts_share_the_seeds_and_a_run_that_is_stopped_says_what_it_did_not_reach(monkeypatch, tmp_path):
+    seen, record = [], tmp_path / "random.json"
 
     def collect(seeds, *_):
-        seen.extend(seeds)
-        return random_attention.Report()
+        mine = list(seeds)
+        if 130 in mine:
+            raise KeyboardInterrupt
+        seen.extend(mine)
+        return random_attention.Report(random_attention.Counter(ours=len(mine)))
 
     monkeypatch.setattr(random_attention, "collect", collect)
-    for part in range(7):
-        random_attention.Job(range(100, 300), part, 7, 24, ("tilestack-triton",), None).run()
+    with pytest.raises(KeyboardInterrupt):
+        random_attention.main(["--first", "100", "--cases", "200", "--record", str(record)])
+    found = json.loads(record.read_text())
+    assert found["calls"]["ours"] == len(seen) and found["not_reached"] == 200 - len(seen)
+    monkeypatch.setattr(random_attention, "collect", lambda seeds, *_: seen.extend(seeds) or random_attention.Report())
+    seen.clear()
+    random_attention.main(["--first", "100", "--cases", "200"])
     assert sorted(seen) == list(range(100, 300))
 
 

@@ -177,8 +177,8 @@ BUGS = {  # a case, and (lines of the source, what they become) ...
     "dQ is added before a fence": (
         dataclasses.replace(PLAIN, deterministic=True),
         (
-            "            fence_async_shared()\n            if DETERMINISTIC:\n                barrier_arrive(DQ_FULL",
-            "            if DETERMINISTIC:\n                barrier_arrive(DQ_FULL",
+            "            fence_async_shared()\n            if dq_first:\n",
+            "            if dq_first:\n",
         ),
     ),
     "the turn is kept": (

@@ -1,6 +1,11 @@
 """Every implementation of every op, on the one shared grid of cases, against the float64 oracle."""
 
+import contextlib
+import fcntl
 import importlib
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,18 +33,32 @@ def _grid():
                     yield pytest.param(op_name, op, implementation, case, dtype, id=name)
 
 
+@contextlib.contextmanager
+def room_for(case):
+    """The oracle of a large case takes gigabytes: of the processes of `pytest -n`, at most three run one at a time."""
+    if not case.gpu_only:
+        yield
+        return
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    with (Path(tempfile.gettempdir()) / f"tilestack-large-case-{worker % 3}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        torch.cuda.empty_cache()
+
+
 @pytest.mark.parametrize(("op_name", "op", "implementation", "case", "dtype"), list(_grid()))
 def test_outputs_and_gradients_are_within_twice_the_error_of_eager(op_name, op, implementation, case, dtype):
     absent = implementation.refuses_machine(Device.of(DEVICE)) or dispatch._missing(implementation.packages)
     if absent:
         pytest.skip(absent)
-    tensors = case.make(dtype, DEVICE, torch.Generator().manual_seed(0))
-    without = lacking(op_name, implementation.name, tensors, case.arguments)
-    if without:
-        with pytest.raises(UnsupportedError) as refusal:
-            op.call(tensors, case.arguments, implementation.name)
-        pytest.skip(f"lacks {', '.join(sorted(without))}: {refusal.value}")
-    check(op, case, implementation.name, dtype, DEVICE)
+    with room_for(case):
+        tensors = case.make(dtype, DEVICE, torch.Generator().manual_seed(0))
+        without = lacking(op_name, implementation.name, tensors, case.arguments)
+        if without:
+            with pytest.raises(UnsupportedError) as refusal:
+                op.call(tensors, case.arguments, implementation.name)
+            pytest.skip(f"lacks {', '.join(sorted(without))}: {refusal.value}")
+        check(op, case, implementation.name, dtype, DEVICE)
 
 
 @pytest.mark.parametrize("op_name", sorted(all_cases()))

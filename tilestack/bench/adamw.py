@@ -1,6 +1,6 @@
 """An update of AdamW with every way of keeping its state, beside torch's fused AdamW.
 
-Each step is checked first: the kernel against the reference, which draws the same random numbers.
+Nothing is timed if the kernel fails a case of its grid on this device.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.timing import measure
 from tilestack.kernels import adamw
 from tilestack.kernels.adamw.eight_bits import scales_of
+from tilestack.testing import compare
+from tilestack.testing.cases.adamw import CASES
 
 PARAMETERS = 32 * 1536 * 2048
-CHECKED = 1 << 20
-DIFFERENT = 1e-4  # share of codes or roundings that the last bit of a float32 may decide otherwise
 OPTIONS = {"step": 10, "lr": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 STATES = {  # moments, and whether bfloat16 weights have a float32 master
     "float32, master": (torch.float32, True),
@@ -54,19 +54,10 @@ def bytes_moved(made: Tensors) -> int:
     return sum(each.nbytes * (1 if name in once else 2) for name, each in made.items())
 
 
-def check(moments: torch.dtype, master: bool, device: str = "cuda") -> None:
-    """Raise AssertionError if the chosen kernel does not do what the reference does."""
-    torch.manual_seed(0)
-    found = tensors(CHECKED, moments, master, device)
-    expected = {name: each.clone() for name, each in found.items()}
-    adamw(**found, **OPTIONS, seed=1)
-    adamw(**expected, **OPTIONS, seed=1, implementation="reference")
-    for name, each in found.items():
-        other = expected[name]
-        if each.dtype == torch.float32:
-            torch.testing.assert_close(each, other, rtol=1e-5, atol=1e-12)
-        else:
-            assert (each != other).float().mean() < DIFFERENT, name
+def check(device: torch.device) -> None:
+    """Raise AssertionError if the kernel breaks the rule of testing.compare in a case of the grid; bf16 weights."""
+    for case in CASES.cases:
+        compare.check(CASES, case, "tilestack-triton", torch.bfloat16, device)
 
 
 def _torch_fused(made: Tensors) -> Callable[[], None]:
@@ -79,9 +70,9 @@ def _torch_fused(made: Tensors) -> Callable[[], None]:
 
 def run(repeats: int, folder: Path = FOLDER) -> Path:
     """Time every state; the result file's path."""
+    check(torch.device("cuda"))
     recorder = Recorder("adamw", ceilings(torch.device("cuda")), folder, lambda row: f"{row.case} {row.ms_median} ms")
     for state, (moments, master) in STATES.items():
-        check(moments, master)
         made = tensors(PARAMETERS, moments, master)
         recorder.add(_row(state, "tilestack-triton", lambda made=made: adamw(**made, **OPTIONS, seed=1),
                           bytes_moved(made), repeats))  # fmt: skip

@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     trust = benches.add_parser("trust", help="which of the checks pass on this GPU")
     trust.add_argument("--only", nargs="*", metavar="CHECK", help="these checks alone")
     trust.add_argument("--seconds", type=float, help="of a check: what has not begun by then is left out, and counted")
+    trust.add_argument("--grace", type=float, default=30, help="seconds after which what has begun is stopped")
     trust.add_argument("--workers", type=int, default=8, help="processes that share the GPU")
     trust.add_argument(
         "--merge", nargs="*", type=Path, metavar="FILE", help="put these result files' rows in (needs no GPU)"
@@ -131,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> Path:
     if arguments.bench == "trust":
         from tilestack.bench import trust
 
-        budget = trust.Budget(arguments.seconds, arguments.workers)
+        budget = trust.Budget(arguments.seconds, arguments.workers, arguments.grace)
         return trust.run(arguments.only, budget, arguments.commit, arguments.out)
     if arguments.bench == "fp8":
         from tilestack.bench import fp8

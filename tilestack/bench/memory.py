@@ -52,25 +52,24 @@ class MemoryCase:
     model: str = "Qwen3-30B-A3B"
 
 
+NARROW = {"moments": "8bit", "master_weights": False}
 CASES = (
-    MemoryCase(4, gpus=1, zero=None),
-    MemoryCase(6, gpus=1, zero=None, checkpointing="full", moments="8bit", master_weights=False,
-               micro_batch_tokens=32768, accumulation=2),
-    MemoryCase(12, zero=3, checkpointing="full", micro_batch_tokens=16384, moments="8bit", master_weights=False),
-    MemoryCase(12, expert_parallel=2, checkpointing="full", micro_batch_tokens=16384, moments="8bit",
-               master_weights=False),
+    MemoryCase(24, expert_parallel=2, checkpointing="full", **NARROW),  # for each GPU as 48 layers on four
+    MemoryCase(24, zero=3, checkpointing="full", **NARROW),
+    MemoryCase(8, sequence_parallel=2, micro_batch_tokens=32768, moments="bfloat16"),
+    MemoryCase(6, offload=True, checkpointing="full", micro_batch_tokens=16384),
+    MemoryCase(6, expert_parallel=2, accumulation=2, moments="bfloat16", micro_batch_tokens=8192),
+    MemoryCase(4, zero=0),
+    MemoryCase(6, zero=1, moments="bfloat16"),
+    MemoryCase(6, gpus=1, zero=None, checkpointing="full", micro_batch_tokens=32768, accumulation=2, **NARROW),
+    MemoryCase(8, zero=3, sequence_parallel=2, checkpointing="selective", micro_batch_tokens=65536, seqlen=65536),
     MemoryCase(8, expert_parallel=2),
     MemoryCase(8, checkpointing="full", micro_batch_tokens=16384, moments="8bit"),
     MemoryCase(6, micro_batch_tokens=8192),
     MemoryCase(6, zero=3, micro_batch_tokens=8192),
-    MemoryCase(8, sequence_parallel=2, micro_batch_tokens=32768, moments="bfloat16"),
-    MemoryCase(8, zero=3, sequence_parallel=2, checkpointing="selective", micro_batch_tokens=65536, seqlen=65536),
-    MemoryCase(6, offload=True, checkpointing="full", micro_batch_tokens=16384),
     MemoryCase(8, zero=3, offload=True, checkpointing="full", activation_offload=True, micro_batch_tokens=16384),
-    MemoryCase(6, zero=1, moments="bfloat16"),
-    MemoryCase(4, zero=0),
-    MemoryCase(6, expert_parallel=2, accumulation=2, moments="bfloat16", micro_batch_tokens=8192),
-)  # fmt: skip
+    MemoryCase(4, gpus=1, zero=None),
+)
 
 
 def run(folder: Path = FOLDER, cases: tuple[MemoryCase, ...] = CASES) -> Path:

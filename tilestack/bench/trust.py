@@ -9,6 +9,7 @@ date: all of it together takes longer than a GPU is always there for.
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import re
@@ -17,13 +18,14 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tilestack.bench import results
 from tilestack.kernels import ops
-from tilestack.testing import sanitized
+from tilestack.testing import random_attention, sanitized
 
 MOST_FAILURES = 20  # of a row, whose messages are kept
 GRID = r"test_grid\.py::test_outputs_and_gradients\w*\[{}-(tilestack(?:-triton)?)-"
@@ -49,14 +51,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Budget:
-    """seconds: what has not begun by then is left out, None is no limit; workers: processes that share the GPU."""
+    """seconds: what has not begun by then is left out, None is no limit; workers: processes that share the GPU.
+
+    grace: seconds that what has begun may take to its end.
+    """
 
     seconds: float | None
     workers: int
+    grace: float = 30
 
-    def arguments(self) -> list[str]:
-        """As the programs that are run here take the limit."""
-        return [] if self.seconds is None else ["--seconds", f"{self.seconds:g}"]
+    def run(self, command: list[str]) -> None:
+        """Run a program that takes the limit; one that does not end soon after it is stopped, its record is kept."""
+        limit = [] if self.seconds is None else ["--seconds", f"{self.seconds:g}"]
+        process = subprocess.Popen([sys.executable, *command, *limit], cwd=results.ROOT, start_new_session=True)
+        self.wait(process, None if self.seconds is None else time.monotonic() + self.seconds + self.grace)
+
+    @staticmethod
+    def wait(process: subprocess.Popen, end: float | None) -> None:
+        """Until the process ends, or until `end` of time.monotonic(), when it and all that it started are stopped."""
+        try:
+            process.wait(None if end is None else max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # also where this process is told to end
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @dataclass(frozen=True)
@@ -83,17 +103,24 @@ class Random:
     def run(self, name: str, budget: Budget, scratch: Path) -> list[Row]:
         """Run it and read its record."""
         record = scratch / "random.json"
-        command = [sys.executable, "-m", "tilestack.testing.random_attention", "--cases", str(self.cases)]
-        command += ["--processes", str(budget.workers), "--record", str(record), *budget.arguments()]
-        subprocess.run(command, cwd=results.ROOT, check=False)
-        return self.rows(name, json.loads(record.read_text()))
+        command = ["-m", "tilestack.testing.random_attention", "--cases", str(self.cases)]
+        budget.run([*command, "--processes", str(budget.workers), "--record", str(record)])
+        nothing = {
+            "first": 0,
+            "cases": self.cases,
+            "calls": {},
+            "refused": {},
+            "failures": [],
+            "not_reached": self.cases,
+        }
+        return self.rows(name, json.loads(record.read_text()) if record.exists() else nothing)
 
     def rows(self, name: str, found: dict) -> list[Row]:
         """A failure that names no implementation (a process that ended) counts against each."""
         last = found["first"] + found["cases"] - 1
         what = f"random calls, seeds {found['first']} to {last}, against float64"
         made = []
-        for implementation in sorted(found["calls"] | found["refused"]):
+        for implementation in random_attention.OURS:
             failures = [each for each in found["failures"] if f"{implementation}:" in each or each.startswith("part ")]
             calls, refused = (found[key].get(implementation, 0) for key in ("calls", "refused"))
             counts = calls - len(failures), len(failures), refused, found["not_reached"]
@@ -122,12 +149,9 @@ class Sanitizer:
                 running[op] = subprocess.Popen(
                     command, stdout=log, stderr=log, env=environment, cwd=results.ROOT, start_new_session=True
                 )
+        end = None if budget.seconds is None else time.monotonic() + budget.seconds
         for process in running.values():
-            try:
-                process.wait(budget.seconds)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            budget.wait(process, end)
         return [self.row(name, op, (scratch / f"{self.tool}-{op}.log").read_text()) for op in running]
 
     def row(self, name: str, op: str, log: str) -> Row:
@@ -214,6 +238,7 @@ def run(names: list[str] | None, budget: Budget, commit: str | None = None, fold
     chosen = {name: CHECKS[name] for name in names or CHECKS}
     tests = {name: each for name, each in chosen.items() if isinstance(each, Tests)}
     path = folder / "trust" / f"1x{results.short_device()}.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exception, so that what was started is stopped too
     with tempfile.TemporaryDirectory() as scratch:
         if tests:
             _put(_run_tests(tests, budget, Path(scratch)), commit, path)
@@ -226,18 +251,18 @@ def run(names: list[str] | None, budget: Budget, commit: str | None = None, fold
 def _run_tests(tests: dict[str, Tests], budget: Budget, scratch: Path) -> list[Row]:
     """One run of pytest for all of them: every process of it needs some seconds to find its tests."""
     record = scratch / "tests.jsonl"
+    record.touch()  # stays empty where the run is stopped before it has found its tests
     files = dict.fromkeys(each for check in tests.values() for each in check.files)
-    command = [sys.executable, "-m", "pytest", "-p", "tilestack.testing.record", "--record", str(record)]
+    command = ["-m", "pytest", "-p", "tilestack.testing.record", "--record", str(record)]
     command += ["--only", "|".join(each.pattern for each in tests.values())]
-    command += ["-p", "no:cacheprovider", "-n", str(budget.workers), "--maxschedchunk=4", *budget.arguments(), *files]
-    subprocess.run(command, cwd=results.ROOT, check=False)
+    budget.run([*command, "-p", "no:cacheprovider", "-n", str(budget.workers), "--maxschedchunk=4", *files])
     return rows_of_tests(tests, [json.loads(line) for line in record.read_text().splitlines()])
 
 
 def rows_of_tests(tests: dict[str, Tests], lines: Iterable[dict]) -> list[Row]:
     """Lines of tilestack/testing/record.py, counted by check, op and implementation."""
     found: dict[tuple, Row] = {}
-    for line in lines:
+    for line in {line["test"]: line for line in lines}.values():  # the last of a test is its outcome
         for name, check in tests.items():
             match = re.search(check.pattern, line["test"])
             if match is None:
@@ -247,8 +272,14 @@ def rows_of_tests(tests: dict[str, Tests], lines: Iterable[dict]) -> list[Row]:
             outcome = {"skipped": "refused", "not reached": "not_reached"}.get(line["outcome"], line["outcome"])
             setattr(row, outcome, getattr(row, outcome) + 1)
             if outcome == "failed" and len(row.failures) < MOST_FAILURES:
-                row.failures.append(f"{line['test'].split('::')[-1]}: {line['message'].splitlines()[-1]}")
+                row.failures.append(f"{line['test'].split('::')[-1]}: {_reason(line['message'])}")
     return list(found.values())
+
+
+def _reason(message: str) -> str:
+    """The line of pytest's report that says what was wrong."""
+    lines = message.splitlines()
+    return next((line[1:].strip() for line in lines if line.startswith("E  ")), lines[-1])[:120]
 
 
 def _put(found: list[Row], commit: str | None, path: Path) -> None:

@@ -27,8 +27,8 @@ UPDATED_TOGETHER = 1 << 28  # elements; deepspeed_settings.py
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
 WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
-OUTSIDE = {1: 0.6 * GIB, 2: 1.6 * GIB}  # of CUDA and cuBLAS alone; with NCCL. torch's allocator does not see it
-SLACK = 0.03  # of what is allocated: blocks that the allocator holds and cannot use
+OUTSIDE = {1: 0.7 * GIB, 2: 2.1 * GIB}  # of CUDA and cuBLAS alone; with NCCL. torch's allocator does not see it
+SLACK = 0.05  # of what is allocated: blocks that the allocator holds and cannot use. Where there is room it keeps more
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,17 @@ class _Sizes:
             return size * self.here
         return size * done
 
-    def buckets(self) -> float:
-        """Where DeepSpeed collects gradients to reduce them, and what the reduction makes of them."""
+    def bucket(self) -> float:
+        """Where DeepSpeed collects gradients to reduce them; under ZeRO-3 it is there at every moment."""
         t = self.training
-        if not t.deepspeed or t.gpus == 1 or t.zero < 2:
-            return 0.0
-        return 2.0 * BUCKET * t.itemsize
+        return 1.0 * BUCKET * t.itemsize if t.deepspeed and t.gpus > 1 and t.zero >= 2 else 0.0
 
-    def gathered(self) -> float:
-        """ZeRO-3: weights that are whole meanwhile."""
+    def gathered(self, largest: float) -> float:
+        """ZeRO-3: weights that are whole meanwhile, of which the largest are `largest` parameters."""
         t = self.training
         if not t.deepspeed or t.zero < 3 or t.gpus == 1:
             return 0.0
-        return t.itemsize * min(self.here, max(LIVE, self.layer) + self.block)
+        return t.itemsize * min(self.here, LIVE + largest)
 
     def kept(self, share: float) -> float:
         """What `share` of one layer's tokens keep, on the GPU or (offloaded) on the host."""
@@ -180,26 +178,28 @@ class _Sizes:
         attention = heads + (heads - kv_heads) + m.num_attention_heads
         if t.sequence_parallel > 1:  # what was exchanged is kept beside what was made
             attention += m.num_attention_heads + 2 * max(kv_heads, t.sequence_parallel)
-        width = 4 * m.hidden_size + attention * m.head_dim + m.num_experts_per_tok * 2 * m.moe_intermediate_size
-        width += self.rows() * m.hidden_size if t.expert_parallel > 1 else 0
+        # where rows arrive from other ranks, each has room for all of its routes, also those to experts elsewhere
+        routed = self.rows() * m.num_experts_per_tok * 2 * m.moe_intermediate_size
+        exchanged = (self.rows() + 1) * m.hidden_size if t.expert_parallel > 1 else 0.0
+        width = 4 * m.hidden_size + attention * m.head_dim + routed + exchanged
         small = 4 * m.num_attention_heads + m.num_experts * t.itemsize + 16 * m.num_experts_per_tok
         return self.tokens * (t.itemsize * width + small)
 
     def rows(self) -> float:
-        """Expert parallelism: rows that arrive for each token of this rank's own."""
+        """Rows for the experts here, for each token of this rank's own: those that arrive from other ranks too."""
         ranks = self.training.expert_parallel
+        if ranks == 1:
+            return 1.0
         return ranks * (1 - (1 - 1 / ranks) ** self.model.num_experts_per_tok)
 
     def at_work(self) -> float:
-        """In the backward of one layer: what it keeps, if it is made again, and the larger of its two halves."""
+        """In the backward of one layer, beside what it keeps: the larger of its two halves."""
         m, t = self.model, self.training
-        again = self.whole_layer() if t.checkpointing != "none" else 0.0
         inner = m.moe_intermediate_size
-        experts = t.itemsize * m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
-        if t.expert_parallel > 1:
-            experts += t.itemsize * 3 * self.rows() * m.hidden_size
-        attention = (4 + 2 * t.itemsize) * m.num_attention_heads * m.head_dim
-        return again + self.tokens * (max(experts, attention) + t.itemsize * 4 * m.hidden_size)
+        experts = self.rows() * m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
+        experts += 3 * self.rows() * m.hidden_size if t.expert_parallel > 1 else 0
+        attention = (4 / t.itemsize + 2) * m.num_attention_heads * m.head_dim
+        return self.tokens * t.itemsize * (max(experts, attention) + 4 * m.hidden_size)
 
     def activations(self, layers: int) -> float:
         on_host = self.training.activation_offload and self.training.checkpointing != "none"
@@ -213,7 +213,8 @@ class _Sizes:
         first = t.accumulation == 1
         return {
             "gradients": self.gradients(m.num_hidden_layers + 1 if first else 0) if self._lasts() or not first else 0.0,
-            "gathered weights": self.gathered(),
+            "gathered weights": self.gathered(self.head),
+            "buckets": self.bucket() if t.zero == 3 else 0.0,
             "activations": self.activations(m.num_hidden_layers),
             "head and loss": float32_sum + others + 2 * t.itemsize * self.tokens * m.hidden_size,
         }
@@ -227,21 +228,24 @@ class _Sizes:
 
     def in_backward(self, layer: int) -> dict[str, float]:
         t = self.training
-        fresh = 0.0 if self._adds_in_place() else t.itemsize * self.block
-        if not t.deepspeed or t.zero < 2:
-            fresh = 0.0  # they are among the gradients
+        again = self.whole_layer() if t.checkpointing != "none" else 0.0
+        reduces = self.bucket() > 0
+        fresh = t.itemsize * self.block if reduces else 0.0  # else they are among the gradients
+        copied = self.bucket() if reduces and t.zero == 2 else 0.0  # while a bucket is reduced, when the layer is done
         return {
             "gradients": self.gradients(layer - 1),
-            "gathered weights": self.gathered(),
-            "buckets": self.buckets() + fresh,
+            "gathered weights": self.gathered(self.block),
+            "buckets": self.bucket() + fresh + max(0.0, copied - self.at_work()),
             "activations": self.activations(layer),
-            "layer at work": self.at_work(),
+            "layer at work": again + self.at_work(),
         }
 
     def in_update(self) -> dict[str, float]:
-        return {"gradients": self.gradients(0), "copies for the update": self.copies()}
+        bucket = self.bucket() if self.training.zero == 3 else 0.0
+        return {"gradients": self.gradients(0), "buckets": bucket, "copies for the update": self.copies()}
 
     def copies(self) -> float:
+        """What DeepSpeed makes of gradients: of one after the other in float64 for the norm, of a group to update."""
         t = self.training
         if not t.deepspeed or t.offload:
             return 0.0
@@ -249,8 +253,9 @@ class _Sizes:
             return 4.0 * self.here if t.dtype == "bfloat16" else 0.0
         if t.zero == 1:
             return 0.0
-        together = min(self.own, UPDATED_TOGETHER + (self.block if t.zero == 2 else 0))
+        largest = max(self.block * 2 / 3, self.head) / (t.gpus if t.zero == 3 else 1)
+        together = min(self.own, UPDATED_TOGETHER + largest / 2 if t.zero == 3 else max(UPDATED_TOGETHER, largest))
         size = 4 if self.sums_in_float32 else t.itemsize
         kept_in = 4 if t.has_master or t.dtype == "float32" else 2
         flat = 0 if t.zero == 2 and self.sums_in_float32 else size * together
-        return flat + (kept_in * together if kept_in != size else 0)
+        return max(8 * largest, flat + (kept_in * together if kept_in != size else 0))

@@ -26,7 +26,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -208,60 +208,59 @@ def collect(seeds: Iterable[int], device: torch.device, longest: int, implementa
 
 
 def _scaled(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """On the CPU, and divided by a power of two, so that all calls count alike."""
+    """Divided by a power of two, so that all calls count alike."""
     largest = exact.masked_fill(~exact.isfinite(), 0).abs().amax() if exact.numel() else torch.zeros(())
-    exponent = torch.frexp(largest).exponent.cpu()
-    return tuple(torch.ldexp(each.cpu(), -exponent).to(each.dtype) for each in (ours, eager, exact))
+    exponent = torch.frexp(largest).exponent
+    return tuple(torch.ldexp(each, -exponent).to(each.dtype) for each in (ours, eager, exact))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one of several processes does: the seeds of every `step`-th variant, as far as they begin in `seconds`."""
+    """The seeds of one variant, whose kernels no other job compiles; from `end` of time.time() on none begins."""
 
     seeds: range
-    part: int
-    step: int
+    variant: int
     longest: int
     implementations: tuple[str, ...]
-    seconds: float | None
+    end: float
+
+    def own(self) -> list[int]:
+        """The seeds of the variant."""
+        return [seed for seed in self.seeds if seed % N_VARIANTS == self.variant]
 
     def run(self) -> Report:
         """In this process."""
-        started, left_out = time.monotonic(), 0
+        reached = 0
 
         def in_time() -> Iterator[int]:
-            nonlocal left_out
-            for seed in self.seeds:
-                if seed % N_VARIANTS % self.step != self.part:
-                    continue
-                if self.seconds is not None and time.monotonic() - started > self.seconds:
-                    left_out += 1
-                else:
-                    yield seed
+            nonlocal reached
+            for seed in self.own():
+                if time.time() >= self.end:
+                    return
+                reached += 1
+                yield seed
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         report = collect(in_time(), device, self.longest, self.implementations)
-        report.not_reached = left_out
+        report.not_reached = len(self.own()) - reached
         return report
 
 
-def run_in_processes(
-    seeds: range, processes: int, longest: int, implementations: tuple[str, ...], seconds: float | None
-) -> Report:
-    """The calls of the seeds by several processes, judged together."""
-    jobs = [Job(seeds, part, processes, longest, implementations, seconds) for part in range(processes)]
-    report = Report()
+def run_jobs(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Report]]:
+    """The reports as they come, in this process, or in several that share the jobs."""
     if processes == 1:
-        report.add(jobs[0].run())
-    else:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            for job, future in [(job, pool.submit(job.run)) for job in jobs]:
-                try:
-                    report.add(future.result())
-                except Exception as error:  # a process that a signal ended, or that the device failed
-                    report.failures.append(f"part {job.part} of {processes} ended: {type(error).__name__}: {error}")
-    report.judge_pooled()
-    return report
+        yield from ((job, job.run()) for job in jobs)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(job.run): job for job in jobs}
+        for future in as_completed(running):
+            job = running[future]
+            try:
+                report = future.result()
+            except Exception as error:  # a process that a signal ended, or that the device failed
+                reason = f"part {job.variant} ended: {type(error).__name__}: {error}"
+                report = Report(failures=[reason], not_reached=len(job.own()))
+            yield job, report
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -275,20 +274,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="calls that have not begun by then are left out")
     parser.add_argument("--record", type=Path, help="file that gets the outcome as JSON")
     args = parser.parse_args(argv)
-    seeds = range(args.first, args.first + args.cases)
-    implementations = tuple(args.implementation or OURS)
-    report = run_in_processes(seeds, args.processes, args.longest, implementations, args.seconds)
+    end = float("inf") if args.seconds is None else time.time() + args.seconds
+    seeds, implementations = range(args.first, args.first + args.cases), tuple(args.implementation or OURS)
+    jobs = [Job(seeds, variant, args.longest, implementations, end) for variant in range(N_VARIANTS)]
+    waiting, report = {job: len(job.own()) for job in jobs}, Report()
+    for job, found in run_jobs(jobs, args.processes):
+        report.add(found)
+        del waiting[job]
+        _write(args, report, sum(waiting.values()))
+    report.judge_pooled()
+    _write(args, report, 0)
     for line in report.failures:
         print(f"FAILED {line}", flush=True)
     for name in report.calls | report.refused:
         print(f"{name}: {report.calls[name]} calls, {report.refused[name]} refused")
     if report.not_reached:
         print(f"{report.not_reached} calls were not reached in {args.seconds:g} seconds")
-    if args.record:
-        found = {key: getattr(report, key) for key in ("calls", "refused", "failures", "not_reached")}
-        args.record.write_text(json.dumps({"first": args.first, "cases": args.cases, "longest": args.longest} | found))
     print(f"{len(report.failures)} of the checks failed" if report.failures else "all within the rule")
     return 1 if report.failures else 0
+
+
+def _write(args: argparse.Namespace, report: Report, waiting: int) -> None:
+    """The record so far, in which the calls of unfinished parts are not reached: a run may be stopped."""
+    if args.record:
+        found = {key: getattr(report, key) for key in ("calls", "refused", "failures")}
+        counts = {"first": args.first, "cases": args.cases, "not_reached": report.not_reached + waiting}
+        args.record.write_text(json.dumps(counts | found))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python -m pytest -p tilestack.testing.record --record FILE [--seconds N] [--only PATTERN] ...
 
-FILE gets one line of JSON a test: {"test", "outcome", "seconds", "message"}. outcome: passed, failed, skipped, or
-"not reached" for tests that N seconds after the start had not begun: those are not run. PATTERN: a regular expression
-that the ids of the tests have.
+FILE gets lines of JSON, {"test", "outcome", "seconds", "message"}, of which the last of a test is its outcome: passed,
+failed, skipped, or "not reached" for tests that N seconds after the start had not begun: those are not run. All tests
+are entered as not reached before the first begins, so that the record of a run that is stopped is complete. PATTERN: a
+regular expression that the ids of the tests have.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -47,16 +49,26 @@ class _Record:
         if self.seconds is not None and time.monotonic() - self.started > self.seconds:
             pytest.skip(OUT_OF_TIME)
 
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        self._enter(each.nodeid for each in session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self._enter(ids)
+
+    def _enter(self, ids: Iterable[str]) -> None:
+        if self.path and not self.path.stat().st_size:
+            for each in ids:
+                self._write(each, "not reached", 0.0, "")
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if self.path is None or (report.when != "call" and report.outcome == "passed"):
-            return
-        message = "" if report.outcome == "passed" else _message(report)
-        line = {
-            "test": report.nodeid,
-            "outcome": "not reached" if OUT_OF_TIME in message else report.outcome,
-            "seconds": round(report.duration, 2),
-            "message": message[-LONGEST_MESSAGE:],
-        }
+        if self.path and (report.when == "call" or report.outcome != "passed"):
+            message = "" if report.outcome == "passed" else _message(report)
+            outcome = "not reached" if OUT_OF_TIME in message else report.outcome
+            self._write(report.nodeid, outcome, report.duration, message)
+
+    def _write(self, test: str, outcome: str, seconds: float, message: str) -> None:
+        line = {"test": test, "outcome": outcome, "seconds": round(seconds, 2), "message": message[-LONGEST_MESSAGE:]}
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

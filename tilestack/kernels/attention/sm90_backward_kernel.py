@@ -11,9 +11,12 @@ and dV in registers and walks over the query blocks that see its keys:
   sum over all keys of the item; P' and dS' stay in registers as left operands, dS' also goes through shared memory for
   dQ. Wider heads have 64 keys an item: the consumers share the queries of S', dP' and the columns of dK, dV, dQ, and P'
   and dS' go through shared memory.
-* S' of the next query block is issued between dQ and dK of this one, and where registers allow (CARRY) dK runs beside
-  the exponentials of the next block: the tensor cores have work. P' is kept as 16 bits, as eager attention has it: its
-  float32 would take the registers of the next S'.
+* S' of the next query block is issued between dQ and dK of this one. Where registers allow (CARRY) dK runs beside the
+  exponentials of the next block; elsewhere dQ leaves before dK is issued, while S' runs: the tensor cores have work. P'
+  is kept as 16 bits, as eager attention has it: its float32 would take the registers of the next S'.
+* At D = 128 shared memory sets the pace, by count: for a block of 64 queries wgmma reads 256 KB of operands there, and
+  Q, dO, dS' and dQ move 112 KB more, at 128 bytes a cycle 2,900 cycles of the 3,600 measured on an H100 (the tensor
+  cores are busy for 2,560). Other orders of the products and of dQ's way out all took as long.
 * dQ is added into a float32 scratch tensor by TMA, from shared memory in an order free of bank conflicts, or, where no
   shared memory is left (DQ_SHARED), straight from the registers, 16 bytes at once. `finish_kernel` rounds it. Where the
   query heads of a key head are spread over several items, dK and dV are added from the registers too. Additions from
@@ -254,6 +257,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // across, across], [16, D // across, 16])
     left_operand: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     groups: gl.constexpr = 2 if TAIL else 1  # of wgmma in a product
+    dq_first: gl.constexpr = wide == 1 and DQ_SHARED and not CARRY and not TAIL  # dQ leaves before dK is issued
     of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
     _, n_k, row_q, n_q, _, n, _, head, low, high, _ = key_item(
@@ -370,12 +374,12 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         mbarrier.wait(q_full.index(next_stage), next_phase)
         s_issued = product(k, q_s.index(next_stage).permute((1, 0)), k_tail_s.index(zero),
                            q_tail_s.index(next_stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
-        if wide == 1:
+        if wide == 1 and not dq_first:
             dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q_s.index(stage), dk_done, is_async=True)
             if TAIL:
                 ds_left = gl.convert_layout(ds, left_tail_operand)
                 dk_tail_issued = warpgroup_mma(ds_left, q_tail_s.index(stage), dk_tail_done, is_async=True)
-        else:
+        elif wide == 2:
             dk_issued = warpgroup_mma(ds_tile, q_s.index(stage), dk_done, is_async=True)
             if TAIL:
                 dk_tail_issued = warpgroup_mma(ds_tile, q_tail_s.index(stage), dk_tail_done, is_async=True)
@@ -385,7 +389,9 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             else:
                 dv = warpgroup_mma_wait(3 * groups, deps=[dv_issued])
             barrier_arrive(DO_FREE + stage, "288", 8)
-        if TAIL:
+        if dq_first:
+            dq = warpgroup_mma_wait(1, deps=[dq_issued])
+        elif TAIL:
             dq, dq_tail, s = warpgroup_mma_wait(groups, deps=[dq_issued, dq_tail_issued, s_issued])
         else:
             dq, s = warpgroup_mma_wait(groups, deps=[dq_issued, s_issued])
@@ -397,6 +403,8 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             if TAIL:
                 dq_tail_s.store(in_lines(dq_tail, BLOCK_M, TAIL))
             fence_async_shared()
+            if dq_first:
+                dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q_s.index(stage), dk_done, is_async=True)
             if DETERMINISTIC:
                 barrier_arrive(DQ_FULL + zero, "288", 8)
             else:
@@ -407,6 +415,8 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             reduce_add(dq_sum + corner + dq_places, dq, 8)
             if TAIL:
                 reduce_add(dq_sum + corner + D + dq_tail_places, dq_tail, 8)
+        if dq_first:
+            s = warpgroup_mma_wait(1, deps=[s_issued])
         if not CARRY:
             if TAIL:
                 dk_done, dk_tail_done = warpgroup_mma_wait(0, deps=[dk_issued, dk_tail_issued])

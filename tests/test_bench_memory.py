@@ -1,0 +1,64 @@
+"""The plan beside what was measured, and the benches that measure it."""
+
+import dataclasses
+
+import pytest
+import torch
+from distributed.tiny import tiny_config
+
+from tilestack.bench import adamw, memory
+from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table
+from tilestack.bench.results import read
+from tilestack.bench.tables import result_files
+from tilestack.distributed.memory_model import GIB
+
+MEASURED = [row for path in result_files("plan") for row in read(path)["rows"] if not row["error"]]
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: "-".join(map(str, row["case"].values())))
+def test_the_plan_is_within_8_percent_of_what_was_measured(row):
+    planned = memory.predicted(memory.MemoryCase(**row["case"]))
+    assert planned.allocated / GIB == pytest.approx(row["peak_gib"], rel=0.08)
+    for stage, moment in {"forward": "loss", "optimizer": "update"}.items():
+        assert sum(planned.moments[moment].values()) / GIB == pytest.approx(row["gib"][stage], rel=0.08), stage
+
+
+def test_a_measurement_notes_every_stage_of_a_step(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    case = memory.MemoryCase(2, gpus=1, zero=None, micro_batch_tokens=64, seqlen=32, accumulation=2, moments="8bit")
+    found = memory.measure(case, tiny_config())
+    stages = {"forward", "backward", "gradient norm", "optimizer", "peak", "ms"}
+    assert stages <= found.keys()
+
+
+def test_tables_have_a_line_for_each_case_also_for_one_that_failed():
+    case = dataclasses.asdict(memory.MemoryCase(8, expert_parallel=2, offload=True))
+    planned = memory.predicted(memory.MemoryCase(**case)).allocated / GIB
+    fine = {"case": case, "error": None, "peak_gib": planned / 1.05, "gib": {"reserved": 50.0, "outside": 2.0}}
+    text = plan_block({"rows": [fine, fine | {"error": "no memory"}]})
+    assert "| 8 | 2 GPUs, ZeRO 2, EP 2 | 1 x 4,096 | none | float32, on host |" in text
+    assert "| +5.0% | 52.0 |" in text and "| no memory |" in text
+    assert planned_table().count("\n") == 2 + 12
+
+
+def test_the_bytes_of_an_update_are_what_the_tensors_hold():
+    found = {
+        state: adamw.bytes_moved(adamw.tensors(1024, moments, master, "cpu")) / 1024
+        for state, (moments, master) in adamw.STATES.items()
+    }
+    scales = 2 * 2 * 4 / 256
+    assert found == {
+        "float32, master": 28, "bfloat16, master": 20, "bfloat16, no master": 14, "8bit, master": 16 + scales,
+        "8bit, no master": 10 + scales,
+    }  # fmt: skip
+    row = {"case": {"state": "8bit", "parameters": 1024, "bytes": 10240}, "implementation": "tilestack-triton",
+           "gbps": 2000.0, "ms_median": 0.5}  # fmt: skip
+    text = adamw_block({"rows": [row], "ceilings": {"copy_gbps": 2500.0}})
+    assert "| 8bit | tilestack-triton | 10.0 | 0.500 | 2000 | 80% |" in text
+
+
+def test_the_check_before_the_timing_runs_the_grid(monkeypatch):
+    seen = []
+    monkeypatch.setattr(adamw.compare, "check", lambda op, case, *_: seen.append(case.name))
+    adamw.check(torch.device("cpu"))
+    assert "8-bit moments by chance" in seen and len(seen) == len(adamw.CASES.cases)
