@@ -19,7 +19,8 @@ from tilestack.app.hardware import describe
 from tilestack.app.interrupts import stoppable
 from tilestack.app.log import Log, opened
 from tilestack.app.metrics import Metrics
-from tilestack.app.model import build, check_checkpoint, parameters
+from tilestack.app.model import build, check_model, parameters
+from tilestack.app.saving import Saver
 from tilestack.app.schedule import learning_rate
 from tilestack.app.start import Run, configure, open_run, open_tokenizer_of
 from tilestack.app.trackers import check_trackers
@@ -44,7 +45,7 @@ def run_on(world: World, watch: Watch, config: Config, resumed: Run | None) -> N
     """What every process does."""
     check(config, world.world_size)
     check_trackers(config.output.trackers)
-    check_checkpoint(config)
+    check_model(config)
 
     # APPLICATION: text
     source = open_source(config.data)
@@ -53,8 +54,8 @@ def run_on(world: World, watch: Watch, config: Config, resumed: Run | None) -> N
     shared = (source, tokenizer, config.data, data_rank, data_ranks)
     held_out = held_out_batches(*shared, config.train.eval_micro_batches)
 
-    # MODEL ARCHITECTURES, on OPTIMIZED KERNELS: from_pretrained, or new weights
-    model = build(config, tokenizer)
+    # MODEL ARCHITECTURES, on OPTIMIZED KERNELS: a checkpoint's weights, or new ones; each process takes its part
+    model, weights = build(config, tokenizer)
     learned = parameters(model)
 
     # DISTRIBUTED TRAINING: one process, or deepspeed.initialize
@@ -65,6 +66,7 @@ def run_on(world: World, watch: Watch, config: Config, resumed: Run | None) -> N
         accumulation=config.train.micro_batches // data_ranks,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
+        weights=weights,
     )
     first, position = 0, Position()
     if resumed is not None:
@@ -72,9 +74,12 @@ def run_on(world: World, watch: Watch, config: Config, resumed: Run | None) -> N
     run = open_run(config, resumed, tokenizer, world)
     watch.hint, watch.folder = f"To go on from its last checkpoint: --resume {run.folder}", run.folder
     loader = PackedLoader(*shared, config.train.micro_batches, config.train.seed, position)
-    with opened(run, config, first, world.rank) as log:
+    with (
+        opened(run, config, first, world.rank) as log,
+        Saver(run.checkpoints, engine, config, source.identity()) as saver,
+    ):
         log.say(f"{run.folder}: {learned:,} parameters, {world.world_size} x {describe(world.device)}")
-        loop(config, run, engine, iter(loader), held_out, first, log, watch, source.identity())
+        loop(config, run, engine, iter(loader), held_out, first, log, watch, saver)
     watch.at("the export")
     finish(run, config, engine, tokenizer)
 
@@ -88,13 +93,14 @@ def loop(
     first: int,
     log: Log,
     watch: Watch,
-    data: dict,
+    saver: Saver,
 ) -> None:
     """The steps after step `first`. The device is waited for only where something is read or saved."""
     steps, every = config.train.steps, config.train
     metrics = Metrics(engine.model.config, engine.device, engine.world_size, config.optimizer.non_finite)
     with stoppable() as stop:
         for step in range(first + 1, steps + 1):
+            saver.check()
             batch = next(batches)
             watch.at(f"step {step}, whose data begins at {batch.begin}")
             lr = learning_rate(config.schedule, config.optimizer.lr, step - 1, steps)
@@ -113,7 +119,7 @@ def loop(
                     log.say(text)
                 if saves or stops or step == steps:
                     watch.at(f"the checkpoint of step {step}")
-                    checkpoints.save(run.checkpoints, step, engine, batch.position, config, data)
+                    saver.save(step, batch.position)
                 metrics.pause()
             if stops and step < steps:
                 raise StoppedError(f"stopped after step {step}; to go on: python train.py --resume {run.folder}")

@@ -10,7 +10,9 @@ from app.tiny_run import only_run, records, write_config, write_documents
 from tilestack.app import checkpoints
 from tilestack.app.config import Config, TrainConfig, check
 from tilestack.app.errors import UserError, reported
+from tilestack.app.model import check_model
 from tilestack.app.trackers import check_trackers
+from tilestack.distributed import DistributedConfig, SettingsError
 
 
 @pytest.fixture
@@ -209,6 +211,23 @@ def test_a_batch_that_the_world_size_does_not_divide():
         UserError, match=r"train.micro_batches = 3 does not divide evenly over 2 processes; take a multi"
     ):
         check(Config(train=TrainConfig(micro_batches=3)), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [("expert_parallel", "keeps all experts on every process"), ("sequence_parallel", "keeps rows whole")],
+)
+def test_a_resume_in_fewer_processes_than_share_the_work_says_how(name, meaning, stopped, refused):
+    said = refused("--resume", stopped, f"--distributed.{name}", 2)
+    assert f"= 2 must divide the number of processes, 1; --distributed.{name} 1 {meaning}" in said
+
+
+def test_a_split_that_the_model_does_not_allow_is_refused_before_it_is_built():
+    experts = DistributedConfig(expert_parallel=3)
+    with pytest.raises(SettingsError, match="expert_parallel = 3 must divide the model's 16 experts evenly"):
+        check_model(Config(distributed=experts))
+    with pytest.raises(SettingsError, match="expert_parallel works with ZeRO 1 or 2, got distributed.zero = 3"):
+        check(Config(distributed=DistributedConfig(expert_parallel=2, zero=3)), world_size=2)
 
 
 def test_not_enough_memory_says_what_was_needed_and_what_to_change(run_train, tmp_path, monkeypatch, capsys):

@@ -13,15 +13,15 @@ from tilestack.app import checkpoints
 # Each makes the process kill itself in the middle of something, in the save after step 4 (step 2 is complete) or later.
 MOMENTS = {
     "while the weights are written": """
-        import tilestack.distributed.local as local
-        write = local.write_pieces
+        import tilestack.distributed.checkpoint as pieces
+        write = pieces.write_pieces
         def half(folder, rank, pieces):
             write(folder, rank, pieces)
             if "step-00000004" in str(folder):
                 path = folder / "pieces-00000-0000.safetensors"
                 os.truncate(path, path.stat().st_size // 2)
                 die()
-        local.write_pieces = half
+        pieces.write_pieces = half
     """,
     "when all is written but the manifest": """
         write = checkpoints.write_text

@@ -137,3 +137,30 @@ def test_two_processes_that_share_rows_and_experts_have_the_losses_of_one(finish
         assert ours["loss"] == pytest.approx(alone["loss"], rel=1e-5), f"step {ours['step']}"
     assert (run / "sample.txt").read_text()
     transformers.AutoModelForCausalLM.from_pretrained(run / "export")
+
+
+FULL_DISK = """
+import os, runpy, sys
+from tilestack.distributed import Saving
+write = Saving.write
+def full(part, folder):
+    write(part, folder)
+    if os.environ["RANK"] == "1" and "step-00000004" in str(folder):
+        raise OSError(28, "No space left on device")
+Saving.write = full
+sys.argv = ["train.py", "--distributed.zero", "1", "--config", {config!r}]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+@pytest.mark.slow  # what one process does is in test_saving.py
+def test_a_checkpoint_of_which_one_process_cannot_write_its_part_is_none(finished, tmp_path):
+    source = yaml.safe_load((finished / "config.yaml").read_text())["data"]["source"]
+    program = FULL_DISK.format(config=str(write_config(tmp_path, data={"source": source})))
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python")
+    process = python(*launcher, sys.executable, "-c", program)
+    said, errors = process.communicate(timeout=500)
+    assert process.returncode != 0
+    assert "step-00000004 could not be written: " in errors and "No space left on device" in errors, errors[-4000:]
+    left = [path.name for path in (only_run(tmp_path) / "checkpoints").glob("step-*")]
+    assert left == ["step-00000002"]

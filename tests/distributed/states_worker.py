@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from distributed.tiny import global_step, tiny_model
+from distributed.worker import weights_of
 from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
-from tilestack.distributed.deepspeed_engine import whole_weights
 
 STEPS = 5
 
@@ -75,7 +75,7 @@ def run(folder: Path, setting: str) -> dict:
     resumed = made(setting)
     resumed.load(checkpoint)
     found["resumed"] = train(resumed, setting, 3, STEPS)
-    weights, again = (whole_weights(each.model, keep=True, experts=each.experts) for each in (engine, resumed))
+    weights, again = weights_of(engine), weights_of(resumed)
     found["same weights"] = all(torch.equal(weights[name], again[name]) for name in weights)
     found["dtypes"] = sorted({str(each.dtype) for each in weights.values()})
     return found

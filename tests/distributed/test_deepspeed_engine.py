@@ -1,75 +1,14 @@
 """DeepSpeed on two real processes (gloo, CPU) and on one, against the engine of one process."""
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import Qwen3MoeForCausalLM
 
 from distributed import worker
+from distributed.launching import ALONE, ROWS, SETTINGS, one_process, results
 from distributed.tiny import global_step, micro_batch, tiny_model
 from tilestack.distributed import DistributedConfig, make_engine
-
-ROOT = Path(__file__).parents[2]
-SETTINGS = ("0", "1", "2", "3", "1-experts-2", "2-experts-2")
-ROWS = ("1-rows", "2-experts-2-rows", "3-rows")
-ALONE = "1"  # the setting that also runs in a single process
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory) -> Path:
-    """One launch for all stages, whose results every test reads: starting and importing cost more than training.
-
-    Under pytest-xdist the workers share it: the first one launches, the others wait for the lock.
-    """
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder = shared / "deepspeed"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            prepare(folder)
-            torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-            launch(*torchrun, worker.__file__, folder, *SETTINGS)
-            launch(*torchrun, worker.__file__, folder, *ROWS)
-            (folder / "alone").mkdir()
-            prepare(folder / "alone")
-            launch(worker.__file__, folder / "alone", ALONE)
-            (folder / "done").touch()
-    return folder
-
-
-def prepare(folder: Path) -> None:
-    tiny_model().save_pretrained(folder / "model")
-    engine, _ = one_process(steps=3)
-    (folder / "checkpoint-alone").mkdir()
-    engine.save(folder / "checkpoint-alone")
-    for zero in range(4):
-        optimizer = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "torch_adam": True}}
-        section = {"stage": zero, "stage3_param_persistence_threshold": 0}  # so that even small weights are cut up
-        settings = {"zero_optimization": section, "optimizer": optimizer, "gradient_clipping": "auto"}
-        (folder / f"own-{zero}.json").write_text(json.dumps(settings))
-
-
-def launch(*arguments) -> None:
-    """Run Python as a user would whose environment is not activated: its bin folder is not on the PATH."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=540
-    )
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
 
 
 @pytest.fixture(params=[(2, each) for each in SETTINGS] + [(1, ALONE)], ids=lambda p: f"{p[0]} processes, ZeRO {p[1]}")
@@ -79,17 +18,6 @@ def run(request, folder) -> dict:
     folder = folder if processes == 2 else folder / "alone"
     found = results(folder, setting, processes)
     return found[0] | {"setting": setting, "folder": folder, "processes": processes, "ranks": found}
-
-
-def results(folder: Path, name: str, processes: int) -> list[dict]:
-    return [json.loads((folder / f"{name}-rank-{rank}.json").read_text()) for rank in range(processes)]
-
-
-def one_process(dtype=torch.float32, steps=worker.STEPS, **options):
-    distributed = DistributedConfig(engine="local")
-    engine = make_engine(tiny_model(dtype), worker.OPTIMIZER, distributed, worker.MICRO_BATCHES, **options)
-    results = [engine.train_step(global_step(s, worker.MICRO_BATCHES), lr=1e-2) for s in range(steps)]
-    return engine, [worker.measured(result) for result in results]
 
 
 def test_every_step_is_that_of_one_process_that_accumulates_the_same_micro_batches(run):
@@ -168,7 +96,14 @@ def test_rotary_frequencies_stay_float32_with_bfloat16_weights(run):
 
 
 def test_activation_checkpointing_changes_nothing(run):
-    assert run["checkpointed"] == worker.losses(run["steps"][:2])
+    plain = worker.losses(run["steps"][:2])
+    assert run["checkpointed"] == {"full": plain, "selective": plain}
+
+
+def test_all_that_recomputed_layers_send_to_other_ranks_is_waited_for(run):
+    # recomputing ends when the backward has what it needs: the first part's way home began and nobody reads it
+    for found in run["ranks"]:
+        assert found["unawaited"] == 0
 
 
 def test_a_deepspeed_file_of_ones_own_with_deepspeeds_optimizer_trains_alike(run):
@@ -218,5 +153,9 @@ def test_ranks_that_share_every_row_take_the_steps_of_one_process(setting, folde
         assert step["grad_norm"] == pytest.approx(after["grad_norm"], rel=1e-4)
     for step, after in zip(found["from alone"], expected[3:], strict=True):
         assert step["loss"] == pytest.approx(after["loss"], rel=1e-5)
+    _, expected = one_process(torch.bfloat16, steps=3)
+    for step, after in zip(found["bfloat16"], expected, strict=True):
+        assert step["loss"] == pytest.approx(after["loss"], rel=2**-9)
+        assert step["grad_norm"] == pytest.approx(after["grad_norm"], rel=2**-6)
     batches = [micro_batch(7), micro_batch(17, lengths=(20, 29))]
     assert found["evaluation"] == pytest.approx(engine.evaluate(batches), rel=1e-5)

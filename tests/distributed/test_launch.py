@@ -14,7 +14,6 @@ from distributed.tiny import tiny_model
 from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, SettingsError, World, launch
 from tilestack.distributed.deepspeed_settings import deepspeed_settings
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts
-from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 from tilestack.distributed.world import current_world, take_up_slurm
 
 CPU = torch.device("cpu")
@@ -97,32 +96,26 @@ def test_our_moe_blocks_are_marked_as_leaves_which_deepspeed_would_not_know():
 @pytest.mark.parametrize(
     ("distributed", "said"),
     [
-        (DistributedConfig(engine="deepspeed", zero=2, expert_parallel=3), "must divide the number of processes, 4"),
+        (DistributedConfig(engine="deepspeed", zero=2, expert_parallel=3), "must divide the number of processes, 8"),
         (DistributedConfig(engine="deepspeed", zero=3, expert_parallel=2), "ZeRO 1 or 2, got distributed.zero = 3"),
-        (DistributedConfig(engine="deepspeed", sequence_parallel=3), "sequence_parallel = 3 must divide the number of"),
+        (DistributedConfig(engine="deepspeed", sequence_parallel=3), "processes, 8; --distributed.sequence_parallel 1"),
+        (DistributedConfig(engine="deepspeed", expert_parallel=8), "8 must divide the model's 12 experts"),
+        (DistributedConfig(engine="deepspeed", sequence_parallel=8), "8 must divide the model's 4 query heads"),
     ],
-    ids=["experts", "stage", "rows"],
+    ids=["experts", "stage", "rows", "experts of the model", "heads"],
 )
 def test_a_split_that_cannot_be_is_refused_before_deepspeed_starts(distributed, said):
     from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 
     with pytest.raises(SettingsError, match=said):
-        DeepSpeedEngine(tiny_model(), OptimizerConfig(), distributed, 1, World(0, 4, CPU))
+        DeepSpeedEngine(tiny_model(num_experts=12), OptimizerConfig(), distributed, 1, World(0, 8, CPU))
 
 
-@pytest.mark.parametrize(("ranks", "said"), [(3, "3 must divide the model's 8 experts"), (2, "grouped_mm")])
-def test_experts_that_cannot_be_split_are_refused(ranks, said):
-    model = tiny_model(experts_implementation="grouped_mm") if ranks == 2 else tiny_model()
-    if ranks == 2:
-        model.set_experts_implementation("grouped_mm")
-    with pytest.raises(SettingsError, match=said):
-        split_experts(model, ExpertGroup(None, 0, ranks, "experts"), chunks=1)
-
-
-@pytest.mark.parametrize("ranks", [3, 8])
-def test_heads_that_cannot_be_shared_out_are_refused(ranks):
-    with pytest.raises(SettingsError, match=f"sequence_parallel = {ranks} must divide the model's 4 query heads"):
-        shard_sequences(tiny_model(), Ulysses(None, 0, ranks))
+def test_experts_that_do_not_run_on_our_op_are_not_split():
+    model = tiny_model()
+    model.set_experts_implementation("grouped_mm")
+    with pytest.raises(SettingsError, match="grouped_mm"):
+        split_experts(model, ExpertGroup(None, 0, 2, "experts"), chunks=1)
 
 
 class TestTheDeepSpeedConfiguration:
@@ -192,10 +185,11 @@ class TestTasksOfSlurm:
     @pytest.fixture
     def task(self, monkeypatch):
         """Variables of task 5 of 8; what a test changes in the environment is undone."""
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "")  # so that it is as before afterwards
             monkeypatch.delenv(name)
         values = {"STEP_NUM_TASKS": 8, "PROCID": 5, "LOCALID": 1, "STEP_NODELIST": "a", "JOB_ID": 70003, "STEP_ID": 2}
+        values["STEP_TASKS_PER_NODE"] = "4(x2)"
         for name, value in values.items():
             monkeypatch.setenv(f"SLURM_{name}", str(value))
         return monkeypatch
@@ -216,6 +210,7 @@ class TestTasksOfSlurm:
         assert os.environ["MASTER_ADDR"] == first
         assert current_world() == World(5, 8, CPU)
         assert (os.environ["LOCAL_RANK"], os.environ["MASTER_PORT"]) == ("1", "20005")
+        assert os.environ["LOCAL_WORLD_SIZE"] == "4"
 
     def test_a_list_that_cannot_be_read_is_said_with_what_to_set(self, task):
         task.setenv("SLURM_STEP_NODELIST", "rack[1-2]n[1-4]")

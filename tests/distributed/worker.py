@@ -7,18 +7,20 @@ with and without it do not go together.
 Every rank writes FOLDER/<setting>-rank-<rank>.json.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from deepspeed.utils import z3_leaf_module
 
 from distributed.tiny import global_step, micro_batch
-from tilestack import Qwen3MoeForCausalLM
-from tilestack.distributed import DistributedConfig, OptimizerConfig, build_model, make_engine, start
+from tilestack.distributed import DistributedConfig, OptimizerConfig, expert_parallel, make_engine, start
 from tilestack.distributed.deepspeed_engine import whole_weights
+from tilestack.models import pretrained
 
 STEPS = 5
 MICRO_BATCHES = 4  # in a step, over all ranks
@@ -28,9 +30,8 @@ OPTIMIZER = OptimizerConfig(lr=1e-2, max_grad_norm=0.5)
 def make(folder: Path, distributed: DistributedConfig, dtype=torch.float32, **options):
     world = start(distributed)
     _, data_ranks = distributed.data_ranks(world.rank, world.world_size)
-    with build_model(distributed, dtype):
-        model = Qwen3MoeForCausalLM.from_pretrained(folder / "model", dtype=dtype)
-    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // data_ranks, **options)
+    model, weights = pretrained(folder / "model", dtype)
+    return make_engine(model, OPTIMIZER, distributed, MICRO_BATCHES // data_ranks, weights=weights, **options)
 
 
 def own_share(engine, step: int) -> list[dict]:
@@ -55,7 +56,10 @@ def losses(steps: list[dict]) -> list[float]:
 
 
 def weights_of(engine) -> dict[str, torch.Tensor]:
-    return whole_weights(engine.model, keep=True, experts=engine.experts)
+    parts = {}
+    for name, _, part in whole_weights(engine.model, keep=True, experts=engine.experts):
+        parts.setdefault(name, []).append(part.clone())
+    return {name: torch.cat(each) for name, each in parts.items()}
 
 
 def a_step_that_is_not_finite(engine) -> dict:
@@ -77,6 +81,22 @@ def message(call, *arguments) -> str:
     except ValueError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
+
+
+@contextlib.contextmanager
+def every_journey() -> Iterator[list]:
+    """Collects all that is sent to and from the experts of other ranks."""
+    made, plain = [], expert_parallel._Journey.__init__
+
+    def remembered(journey, *arguments):
+        made.append(journey)
+        plain(journey, *arguments)
+
+    expert_parallel._Journey.__init__ = remembered
+    try:
+        yield made
+    finally:
+        expert_parallel._Journey.__init__ = plain
 
 
 def chosen(setting: str, **options) -> DistributedConfig:
@@ -115,7 +135,11 @@ def run_setting(folder: Path, setting: str) -> dict:
     found["bfloat16 not finite"] = a_step_that_is_not_finite(low)
     found["inv_freq"] = [str(low.model.model.rotary_emb.inv_freq.dtype), *low.model.model.rotary_emb.inv_freq.tolist()]
 
-    found["checkpointed"] = losses(train(make(folder, distributed, activation_checkpointing="full"), 0, 2))
+    found["checkpointed"], found["unawaited"] = {}, 0
+    for mode in ("full", "selective"):
+        with every_journey() as journeys:
+            found["checkpointed"][mode] = losses(train(make(folder, distributed, activation_checkpointing=mode), 0, 2))
+        found["unawaited"] += sum(bool(each._work) for each in journeys)
     own_file = chosen(setting, deepspeed_config=str(folder / f"own-{distributed.zero}.json"))
     found["own file"] = losses(train(make(folder, own_file), 0, 2))
     return found
@@ -145,6 +169,8 @@ def run_shared_rows(folder: Path, setting: str) -> dict:
     resumed = make(folder, chosen(setting))
     resumed.load(folder / "checkpoint-alone")
     found["from alone"] = [measured(resumed.train_step(each, lr=1e-2)) for each in batches[3:]]
+    low = make(folder, chosen(setting), torch.bfloat16)
+    found["bfloat16"] = [measured(low.train_step(each, lr=1e-2)) for each in batches[:3]]
     return found
 
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from tilestack.kernels import UnsupportedError, moe, sort_routes
+from tilestack.kernels.moe import triton_portable
 from tilestack.kernels.moe.configs import _BY_ARCHITECTURE, _FLOAT32, _INTERPRETER, _NARROW
+from tilestack.kernels.moe.op import MoEParams
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IMPLEMENTATIONS = ("reference", "tilestack-triton")
@@ -143,6 +145,15 @@ def test_nothing_is_saved_but_inputs_the_pre_activation_and_indices():
     assert sum(tensor.numel() for tensor in others if not tensor.is_floating_point()) == E + 1 + 2 * T * K
 
 
+def test_no_more_rows_are_kept_than_the_routes_that_are_said_to_be_here():
+    tensors = _tensors()
+    tensors["topk_ids"][:, 1:] = E  # other ranks'
+    params = MoEParams(keep=True, most_routes=T)
+    moved = (each.to(DEVICE) for each in tensors.values())
+    _, pre_activation, *_ = triton_portable.forward(*moved, None, None, params)
+    assert pre_activation.shape == (T, 2 * I)
+
+
 def test_with_recompute_no_activation_is_kept_and_gradients_have_the_same_bits():
     tensors = {name: tensor.to(DEVICE) for name, tensor in _tensors().items()}
     leaves = [tensors[name].requires_grad_() for name in ("x", "gate_up", "down", "topk_weights")]
@@ -247,6 +258,8 @@ BAD_MOE = {
     r"the K of topk_ids \[T, K\] must be at least 1, got 0": {"topk_ids": torch.zeros(T, 0, dtype=torch.int32)},
     "topk_weights must be torch.float32, got torch.bfloat16": {"topk_weights": torch.ones(T, K).bfloat16()},
     r"topk_weights must be \[23, 3\]": {"topk_weights": torch.ones(T, K + 1)},
+    r"most_routes must be at least \d+, the ids in \[0, 6\), got 5": {"most_routes": 5},
+    "most_routes must be at least 0, got -1": {"most_routes": -1},
 }
 
 

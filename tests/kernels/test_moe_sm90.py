@@ -38,6 +38,11 @@ def partly_elsewhere(tokens, top_k, experts, generator):
     return torch.randint(-2, experts + 3, (tokens, top_k), generator=generator)
 
 
+def few_here(tokens, top_k, experts, generator):
+    ids = torch.randint(0, experts, (tokens, top_k), generator=generator)
+    return torch.where(torch.arange(top_k) == 1, ids, -1)
+
+
 CASES = {  # T, H, I, E, K, routing, weights
     "balanced": (150, 256, 256, 3, 2, balanced, True),
     "skewed, more tiles than programs, more steps than stages": (300, 320, 128, 5, 2, skewed, True),
@@ -46,6 +51,7 @@ CASES = {  # T, H, I, E, K, routing, weights
     "one route a token, no weights, 77 tokens": (77, 64, 64, 3, 1, balanced, False),
     "ids of other ranks, H and I of partial tiles": (90, 192, 192, 4, 3, partly_elsewhere, True),
     "one token": (1, 128, 320, 20, 16, balanced, True),
+    "few of many routes are here, and there is memory for no more": (300, 128, 128, 4, 3, few_here, True),
 }
 
 
@@ -68,7 +74,8 @@ def make(case, dtype):
 
 def run_hopper(tensors, dout, emulator, monkeypatch, needs, keep=True, totals=(None, None)):
     """Out and gradients of the emulated kernels, with 2 programs in place of a GPU's multiprocessors."""
-    params = MoEParams(keep)
+    here = int(((tensors[3] >= 0) & (tensors[3] < tensors[2].shape[0])).sum())
+    params = MoEParams(keep, most_routes=here if here < tensors[3].numel() // 2 else -1)
     with monkeypatch.context() as patch:
         for module, name in KERNELS:
             patch.setattr(module, name, emulator.launcher(getattr(module, name)))

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_qwen3_moe import Plain, ours_like, plain_model
 
 from tilestack import Qwen3MoeForCausalLM
+from tilestack.models.export import write_model
 
 SHARD = "100KB"  # several shards
 
@@ -45,6 +46,33 @@ def test_a_model_that_was_never_loaded_is_written_in_the_hub_layout(tmp_path):
     ours.save_pretrained(tmp_path)
     assert "model.layers.0.mlp.experts.0.down_proj.weight" in hub_tensors(tmp_path)
     assert_equal(Plain.from_pretrained(tmp_path).state_dict(), ours.state_dict())
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_only_layers": [0]}, {"tie_word_embeddings": True}], ids=str)
+@pytest.mark.parametrize("file_bytes", [1 << 30, 100_000], ids=["one file", "many files"])
+def test_what_is_written_part_by_part_is_what_save_pretrained_writes(tmp_path, changes, file_bytes, monkeypatch):
+    monkeypatch.setattr("tilestack.models.export.FILE_BYTES", file_bytes)
+    ours = ours_like(plain_model(**changes))
+    ours.generation_config.max_new_tokens = 5
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    ours.save_pretrained(tmp_path / "whole")
+
+    def parts():
+        for name, parameter in ours.named_parameters():
+            first = 0
+            for part in parameter.detach().split(3 if "experts" in name else parameter.shape[0]):
+                yield name, first, part
+                first += part.shape[0]
+
+    write_model(ours, parts(), tmp_path / "parts")
+    assert_equal(hub_tensors(tmp_path / "parts"), hub_tensors(tmp_path / "whole"))
+    for name in ("config.json", "generation_config.json"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    files = list((tmp_path / "parts").glob("*.safetensors"))
+    assert len(files) == 1 if file_bytes > 1 << 20 else len(files) > 2
+    assert all(path.stat().st_size < file_bytes + 20_000 for path in files)
+    assert_equal(Plain.from_pretrained(tmp_path / "parts").state_dict(), ours.state_dict())
 
 
 YARN = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 32}

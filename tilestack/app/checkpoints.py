@@ -1,28 +1,25 @@
 """Checkpoints of a run: complete or not there, whatever kills the process, and everything that a resume needs.
 
-A checkpoint is written under a temporary name. When every file is on the disk, and manifest.json with their sizes
-too, the folder gets its name in one step. A folder `step-...` is therefore complete. Only safetensors and JSON. Another
-number of processes, ZeRO stage or split of the experts may go on from it.
+A checkpoint is written under a temporary name (`saving.py`). When every file is on the disk, and manifest.json with
+their sizes too, the folder gets its name in one step. A folder `step-...` is therefore complete. Only safetensors and
+JSON. Another number of processes, ZeRO stage or split of the experts may go on from it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import tilestack
 from tilestack.app.config import Config
 from tilestack.app.data.packing import Position
 from tilestack.app.errors import UserError
-from tilestack.app.files import read_json, sync_file, sync_folder, write_text
+from tilestack.app.files import read_json, sync_folder, write_text
 from tilestack.app.parse import to_plain
-from tilestack.app.processes import wait_for_all
 from tilestack.distributed import Engine
 
 MANIFEST = "manifest.json"
@@ -49,37 +46,6 @@ FREE_KEYS = (
 )
 
 
-def save(folder: Path, step: int, engine: Engine, position: Position, config: Config, data: dict[str, Any]) -> Path:
-    """Write checkpoint `step` into `folder`, drop all but the newest train.keep_checkpoints; every rank calls it.
-
-    data: what identifies the data, compared on resume.
-    """
-    final, temporary = folder / f"step-{step:08d}", folder / f"{TEMPORARY}step-{step:08d}"
-    if engine.rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    wait_for_all()
-    engine.save(temporary)
-    save_file(_random_states(engine.device), temporary / _random_file(engine.rank))
-    wait_for_all()
-    if engine.rank == 0:
-        state = {
-            "step": step,
-            "position": asdict(position),
-            "data": data,
-            "world_size": engine.world_size,
-            "config": to_plain(config),
-            "tilestack": tilestack.__version__,
-            "torch": torch.__version__,
-        }
-        write_text(temporary / STATE, json.dumps(state, indent=2) + "\n")
-        _finish(temporary, final)
-        for old in complete(folder)[: -config.train.keep_checkpoints]:
-            _remove(old)
-    wait_for_all()
-    return final
-
-
 def load(checkpoint: Path, engine: Engine, config: Config, data: dict[str, Any]) -> tuple[int, Position]:
     """Take up a checkpoint: weights, optimizer and random states. Returns its step and position in the data.
 
@@ -92,7 +58,7 @@ def load(checkpoint: Path, engine: Engine, config: Config, data: dict[str, Any])
         raise UserError(f"data.source: the data is not what {checkpoint} was trained on ({state['data']}, now {data})")
     engine.load(checkpoint)
     # another number of ranks: the states of those that there were, over again
-    random = _random_file(engine.rank % state["world_size"])
+    random = random_file(engine.rank % state["world_size"])
     _restore_random_states(load_file(checkpoint / random), engine.device)
     return state["step"], Position(**state["position"])
 
@@ -135,10 +101,9 @@ def check_same_config(saved: dict[str, dict], now: dict[str, dict], checkpoint: 
                 )
 
 
-def _finish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path, keep: int) -> None:
+    """Give a folder whose files are all on the disk its name, and drop all but the newest `keep` checkpoints."""
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    for path in files:
-        sync_file(path)
     sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in files}
     write_text(temporary / MANIFEST, json.dumps({"bytes": sizes}, indent=2) + "\n")
     for folder in [path for path in temporary.rglob("*") if path.is_dir()]:
@@ -147,6 +112,8 @@ def _finish(temporary: Path, final: Path) -> None:
         _remove(final)
     temporary.rename(final)
     sync_folder(final.parent)
+    for old in complete(final.parent)[:-keep]:
+        _remove(old)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -157,11 +124,13 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _random_file(rank: int) -> str:
+def random_file(rank: int) -> str:
+    """The file of a rank's random states."""
     return f"random-{rank:05d}.safetensors"
 
 
-def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """torch's random states, as `load` restores them."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

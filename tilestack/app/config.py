@@ -7,6 +7,7 @@ from typing import Literal
 
 from tilestack.app.errors import UserError
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig
+from tilestack.distributed.deepspeed_settings import check_processes
 from tilestack.models import KernelChoice, Recomputation
 
 
@@ -166,13 +167,10 @@ def check(config: Config, world_size: int) -> None:
     if config.model.path is None:
         _check_sizes(config.model)
         check_positions(config.data, config.model.max_positions, "model.max_positions")
+    check_processes(config.distributed, world_size)
     with_deepspeed = config.distributed.uses_deepspeed(world_size)
     config.distributed.check_optimizer(config.optimizer, config.model.dtype, with_deepspeed)
     sequence_parallel = config.distributed.sequence_parallel
-    if world_size % sequence_parallel:
-        raise UserError(
-            f"distributed.sequence_parallel = {sequence_parallel} must divide the number of processes, {world_size}"
-        )
     _, data_ranks = config.distributed.data_ranks(0, world_size)
     if config.train.micro_batches % data_ranks:
         sharing = f" ({sequence_parallel} of which share each micro-batch)" if sequence_parallel > 1 else ""

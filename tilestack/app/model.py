@@ -10,41 +10,37 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Q
 from tilestack import Qwen3MoeForCausalLM
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
-from tilestack.distributed import build_model
+from tilestack.distributed import deepspeed_settings
+from tilestack.models import Weights, drawn, pretrained
 from tilestack.models.loading import MODEL_TYPE, check_folder
 
 
-def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model, with weights of the checkpoint or drawn from train.seed. Raises UserError if it cannot be.
+def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Qwen3MoeForCausalLM, Weights]:
+    """The model on the meta device, and its weights: of the checkpoint, or drawn from train.seed.
 
-    A new model is drawn whole on every rank, also under ZeRO-3, which cuts it up afterwards: so its weights do not
-    depend on the number of processes.
+    Raises UserError if there is none.
     """
     shape = model_config(config, tokenizer)
     dtype = getattr(torch, config.model.dtype)
     torch.manual_seed(config.train.seed)
     if config.model.path is None:
-        return Qwen3MoeForCausalLM._from_config(shape, dtype=dtype, kernels=config.kernels)
+        return drawn(shape, dtype, config.train.seed, config.kernels)
     try:
-        with build_model(config.distributed, dtype):
-            return Qwen3MoeForCausalLM.from_pretrained(
-                config.model.path,
-                config=shape,
-                dtype=dtype,
-                kernels=config.kernels,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+        return pretrained(config.model.path, dtype, shape, config.kernels)
     except (OSError, ValueError) as error:
         raise UserError(f"model.path: {error}") from None
 
 
-def check_checkpoint(config: Config) -> None:
-    """Raise UserError if model.path is given and cannot be trained: missing, broken, another model, too short."""
+def check_model(config: Config) -> None:
+    """Raise UserError if model.path is given and cannot be trained: missing, broken, another model, too short.
+
+    Raises SettingsError if the model cannot be split over the processes as asked.
+    """
     path = config.model.path
+    shape = new_config(config.model, config.data.vocab_size, 0) if path is None else checkpoint_config(path)
     if path is not None:
-        positions = checkpoint_config(path).max_position_embeddings
-        check_positions(config.data, positions, f"max_position_embeddings of {path}")
+        check_positions(config.data, shape.max_position_embeddings, f"max_position_embeddings of {path}")
+    deepspeed_settings.check_model(config.distributed, shape)
 
 
 def model_config(config: Config, tokenizer: PreTrainedTokenizerBase) -> Qwen3MoeConfig:

@@ -221,12 +221,10 @@ def micro_batches(case: Case, vocabulary: int, rank: int, device: torch.device) 
 
 def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Callable[[dict], None]:
     """Our engine for the case."""
-    from tilestack import Qwen3MoeForCausalLM
+    from tilestack.models import drawn
 
-    torch.manual_seed(0)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    engine: Engine = make_engine(model, OptimizerConfig(), case.distributed(), 1, case.checkpointing)
+    model, weights = drawn(config, torch.bfloat16, seed=0)  # each rank draws what it keeps
+    engine: Engine = make_engine(model, OptimizerConfig(), case.distributed(), 1, case.checkpointing, weights=weights)
     return lambda batch: engine.train_step([batch], LEARNING_RATE)
 
 

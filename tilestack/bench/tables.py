@@ -322,6 +322,13 @@ def trust_table(op: str | None = None) -> str:
     return "\n".join(block(run, op) for run in _runs("trust")) or "Not run yet.\n"
 
 
+def equality_table() -> str:
+    """How far a training that is split over processes is from that of one."""
+    from tilestack.bench.equality import block
+
+    return "\n".join(map(block, _runs("equality"))) or "Not run yet.\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -332,6 +339,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kvcache": kvcache_table,
     "moe": lambda: _of_kernel("moe", moe_block),
     "fp8": fp8_table,
+    "equality": equality_table,
     "trust": trust_table,
     **{f"trust_{op}": functools.partial(trust_table, op) for op in (*ops(), "flash_attn", "model")},
     "plan": lambda: _each_run("plan", plan_block),

@@ -12,8 +12,9 @@ checkpoint does not depend on how many ranks wrote it, on their ZeRO stage, or o
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,43 @@ class Piece:
     tensors: dict[str, torch.Tensor]
 
 
-def write_state(folder: Path, dtype: torch.dtype, updates: int, saved_by: dict[str, Any]) -> None:
-    """Write the engine's numbers; the application makes the folder as a whole appear atomically."""
-    state = {"format": FORMAT, "dtype": str(dtype), "updates": updates, "saved_by": saved_by}
-    (folder / "engine.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class Saving:
+    """A rank's part of a checkpoint at one moment: views of what trains, or copies of them.
+
+    pieces: gives them one after the other; a piece need not outlive the next.
+    state: the engine's numbers, which one rank writes; None on the others.
+    """
+
+    rank: int
+    pieces: Callable[[], Iterable[Piece]]
+    state: dict[str, Any] | None
+
+    @property
+    def nbytes(self) -> int:
+        """What `copied` takes of the host's memory."""
+        return sum(tensor.nbytes for piece in self.pieces() for tensor in piece.tensors.values())
+
+    def copied(self) -> Saving:
+        """The same in host memory of its own: training may go on while it is written. Waits for the device."""
+        pieces = [
+            Piece(each.name, each.start, {kind: t.detach().to("cpu", copy=True) for kind, t in each.tensors.items()})
+            for each in self.pieces()
+        ]
+        return Saving(self.rank, lambda: pieces, self.state)
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`, which exists, and bring it to the disk; the application makes the folder appear."""
+        write_pieces(folder, self.rank, self.pieces())
+        if self.state is not None:
+            path = folder / "engine.json"
+            path.write_text(json.dumps(self.state, indent=2) + "\n", encoding="utf-8")
+            sync_file(path)
+
+
+def numbers(dtype: torch.dtype, updates: int, saved_by: dict[str, Any]) -> dict[str, Any]:
+    """The engine's numbers, as engine.json has them."""
+    return {"format": FORMAT, "dtype": str(dtype), "updates": updates, "saved_by": saved_by}
 
 
 def read_state(folder: Path, dtype: torch.dtype) -> int:
@@ -75,7 +109,9 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
 
     def flush() -> None:
         nonlocal files
-        save_file(waiting, folder / f"pieces-{rank:05d}-{files:04d}.safetensors")
+        path = folder / f"pieces-{rank:05d}-{files:04d}.safetensors"
+        save_file(waiting, path)
+        sync_file(path)
         waiting.clear()
         files += 1
 
@@ -86,6 +122,12 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
                 flush()
     if waiting:
         flush()
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file's content to the disk."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @dataclass(frozen=True)
@@ -165,5 +207,5 @@ def _copy(stored: list[_Stored], start: int, target: torch.Tensor) -> None:
 def _opened(path: Path):
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}") from None

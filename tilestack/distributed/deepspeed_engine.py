@@ -25,11 +25,10 @@ from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import groups as deepspeed_groups
 from deepspeed.utils import set_z3_leaf_modules
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from tilestack.distributed.checkpoint import read_pieces, read_state, write_pieces, write_state
+from tilestack.distributed.checkpoint import CheckpointError, Saving, numbers, read_pieces, read_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, construction_settings, deepspeed_settings
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, check_model, check_processes, deepspeed_settings
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
@@ -37,8 +36,10 @@ from tilestack.distributed.optimizer import AdamW
 from tilestack.distributed.sequence_parallel import Ulysses, shard_sequences
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
+from tilestack.distributed.zero3_loading import materialise_parts
 from tilestack.distributed.zero_pieces import OptimizerState, update_weights_in_place
-from tilestack.models import ZERO3_LEAF_CLASSES, restore_rotary_frequencies
+from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
+from tilestack.models.export import Part, write_model
 
 LATER_S = 30.0
 
@@ -73,31 +74,6 @@ def _quiet() -> contextlib.AbstractContextManager:
     return contextlib.redirect_stdout(io.StringIO())
 
 
-class _Zero3Construction:
-    """What transformers asks while it builds a model under ZeRO-3 (its own class wants accelerate for two lines)."""
-
-    def __init__(self, settings: dict):
-        self.config = settings
-
-    def is_zero3(self) -> bool:
-        return True
-
-
-@contextlib.contextmanager
-def partitioned_construction(distributed: DistributedConfig, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, transformers cuts parameters into the ranks' parts as it makes them, if the stage is 3."""
-    settings = construction_settings(distributed, dtype)
-    if settings["zero_optimization"]["stage"] < 3:
-        yield
-        return
-    asked = _Zero3Construction(settings)
-    set_hf_deepspeed_config(asked)  # transformers keeps a weak reference: `asked` must live until the end
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-
-
 class DeepSpeedEngine:
     """Trains a model over all processes. See `Engine` for the contract."""
 
@@ -108,6 +84,7 @@ class DeepSpeedEngine:
         distributed: DistributedConfig,
         accumulation: int,
         world: World,
+        weights: Weights | None = None,
     ):
         self.rank, self.world_size, self.device = world.rank, world.world_size, world.device
         self.model = model.train()
@@ -117,7 +94,9 @@ class DeepSpeedEngine:
         self.stage = settings["zero_optimization"]["stage"]
         if self.stage == 3:
             mark_leaf_modules(model)
-        _check_split(distributed, self.stage, dtype)
+        check_processes(distributed, world.world_size)
+        check_model(distributed, model.config)
+        _check_one_number_of_ranks_a_row(distributed)
         exact = dataclasses.replace(distributed, zero=self.stage)  # a file of the user's own may name it
         exact.check_optimizer(optimizer, str(dtype).removeprefix("torch."), with_deepspeed=True)
         for parameter in model.parameters():
@@ -125,9 +104,13 @@ class DeepSpeedEngine:
         self.sequence = _join_sequence(distributed.sequence_parallel, world)
         if self.sequence is not None:
             shard_sequences(model, self.sequence)
-        self.experts = _join_experts(distributed.expert_parallel, self.stage, world)
+        self.experts = _join_experts(distributed.expert_parallel, world)
         if self.experts is not None:
             split_experts(model, self.experts, distributed.expert_chunks)
+        if weights is not None and self.stage == 3:
+            materialise_parts(model, weights, settings, self.device)
+        elif weights is not None:
+            materialise(model, weights, self.device, self._begins())
         groups = parameter_groups(model, optimizer.weight_decay)
         if self.stage == 2:
             groups = [part for group in groups for part in _divided(group, self._ranks_of(group))]
@@ -138,6 +121,8 @@ class DeepSpeedEngine:
                 "sequences_are_split": self.sequence is not None,
             }
             self.engine = _initialize(model, client, groups, settings, **split)
+        if self.sequence is not None and hasattr(self.engine.optimizer, "bf16_groups"):
+            self.engine.optimizer.mpu = None  # it would take ranks that share rows for ranks that share weights
         if self.stage in (1, 2) and not optimizer.master_weights and dtype == torch.bfloat16:
             update_weights_in_place(self.engine.optimizer)
         if self.stage == 0:
@@ -208,27 +193,42 @@ class DeepSpeedEngine:
         if most != least:
             raise ValueError(f"evaluate needs as many batches on every rank, got between {least} and {most}")
 
+    def saving(self) -> Saving:
+        state, dtype = self._state(), next(self.model.parameters()).dtype
+        # without ZeRO every rank has the same
+        pieces = state.pieces if self.stage > 0 or self.rank == 0 else tuple
+        ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
+        found = numbers(dtype, state.updates, {"engine": "deepspeed"} | ranks)
+        return Saving(self.rank, pieces, found if self.rank == 0 else None)
+
     def save(self, folder: Path) -> None:
-        folder, state = Path(folder), self._state()
-        if self.stage > 0 or self.rank == 0:  # without ZeRO every rank has the same
-            write_pieces(folder, self.rank, state.pieces())
-        if self.rank == 0:
-            dtype = next(self.model.parameters()).dtype
-            ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
-            write_state(folder, dtype, state.updates, {"engine": "deepspeed"} | ranks)
+        self.saving().write(Path(folder))
         dist.barrier()
 
     def load(self, folder: Path) -> None:
-        folder, state = Path(folder), self._state()
-        updates = read_state(folder, next(self.model.parameters()).dtype)
-        read_pieces(folder, state.pieces(loading=True), self._sizes())
+        folder, state, updates, failure = Path(folder), self._state(), 0, None
+        try:
+            updates = read_state(folder, next(self.model.parameters()).dtype)
+            read_pieces(folder, state.pieces(loading=True), self._sizes())
+        except CheckpointError as error:
+            failure = error
+        # what follows is a collective: if one rank could not read its part, no rank goes there
+        failed = torch.tensor(failure is not None, dtype=torch.int32, device=self.device)
+        dist.all_reduce(failed)
+        if failure is not None:
+            raise failure
+        if failed:
+            raise CheckpointError(f"{folder} could not be read by {int(failed)} other of {self.world_size} processes")
         state.publish(updates)
 
     def _state(self) -> OptimizerState:
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return OptimizerState(self.engine, names, self._begins())
+
+    def _begins(self) -> dict[str, int]:
+        """Of the weights of experts, of which this rank has a part: the number of its first element in the whole."""
         split = split_weights(self.model) if self.experts is not None else {}
-        begins = {name: self.experts.rank * parameter.numel() for name, parameter in split.items()}
-        return OptimizerState(self.engine, names, begins)
+        return {name: self.experts.rank * parameter.numel() for name, parameter in split.items()}
 
     def _sizes(self) -> dict[str, int]:
         """How many elements each trained parameter has, over all ranks."""
@@ -244,52 +244,40 @@ class DeepSpeedEngine:
         return 1 if self.experts is None else self.experts.size
 
     def export(self, folder: Path) -> None:
-        weights = whole_weights(self.model, keep=self.rank == 0, experts=self.experts)
+        parts = whole_weights(self.model, keep=self.rank == 0, experts=self.experts)
         if self.rank == 0:
-            self.model.save_pretrained(folder, state_dict=weights)
+            write_model(self.model, parts, Path(folder))
+        else:
+            for _ in parts:
+                pass
         dist.barrier()
 
 
-def _check_split(distributed: DistributedConfig, stage: int, dtype: torch.dtype) -> None:
-    """Raise SettingsError for what DeepSpeed 0.19 cannot do together."""
-    if distributed.sequence_parallel == 1:
-        if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is not None:
-            raise SettingsError("this process has trained with distributed.sequence_parallel, which DeepSpeed keeps")
-    elif stage == 1 and dtype == torch.bfloat16:
-        # its optimizer for this takes the ranks that share rows for ranks that share weights
+def _check_one_number_of_ranks_a_row(distributed: DistributedConfig) -> None:
+    """Raise SettingsError if this process has trained with rows split otherwise: DeepSpeed keeps the first split."""
+    ranks = distributed.sequence_parallel
+    had = ranks
+    if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is not None:
+        had = parallel_state_sp.get_sequence_parallel_world_size()
+    if ranks != had:
         raise SettingsError(
-            "distributed.sequence_parallel with bfloat16 weights does not work with distributed.zero = 1; take 2 or 3"
+            f"distributed.sequence_parallel = {ranks}: DeepSpeed takes one number a process, and this one has had {had}"
         )
 
 
 def _join_sequence(ranks: int, world: World) -> Ulysses | None:
-    """The ranks that share this rank's rows; None if it has whole ones. Raises SettingsError."""
+    """The ranks that share this rank's rows; None if it has whole ones."""
     if ranks == 1:
         return None
-    if world.world_size % ranks:
-        raise SettingsError(
-            f"distributed.sequence_parallel = {ranks} must divide the number of processes, {world.world_size}, evenly"
-        )
     if parallel_state_sp._SEQUENCE_PARALLEL_GROUP is None:
         parallel_state_sp.initialize_sequence_parallel(ranks)
-    elif parallel_state_sp.get_sequence_parallel_world_size() != ranks:
-        raise SettingsError(
-            f"distributed.sequence_parallel = {ranks}: DeepSpeed takes one number a process, and this process has had "
-            f"{parallel_state_sp.get_sequence_parallel_world_size()}"
-        )
     return Ulysses(parallel_state_sp.get_sequence_parallel_group(), world.rank % ranks, ranks)
 
 
-def _join_experts(size: int, stage: int, world: World) -> ExpertGroup | None:
-    """The ranks that share this rank's experts; None if every rank has all of them. Raises SettingsError."""
+def _join_experts(size: int, world: World) -> ExpertGroup | None:
+    """The ranks that share this rank's experts; None if every rank has all of them."""
     if size == 1:
         return None
-    if world.world_size % size:
-        raise SettingsError(
-            f"distributed.expert_parallel = {size} must divide the number of processes, {world.world_size}, evenly"
-        )
-    if stage not in (1, 2):
-        raise SettingsError(f"distributed.expert_parallel works with ZeRO 1 or 2, got distributed.zero = {stage}")
     name = f"ep_size_{size}"
     deepspeed_groups._create_expert_and_data_parallel(size)
     return ExpertGroup(deepspeed_groups._get_expert_parallel_group(name), world.rank % size, size, name)
@@ -323,22 +311,22 @@ class _ExpertEngine(deepspeed.DeepSpeedEngine):
         self.has_moe_layers = True
 
 
-def whole_weights(model: torch.nn.Module, keep: bool, experts: ExpertGroup | None = None) -> dict[str, torch.Tensor]:
-    """A copy of every parameter by name, on the CPU; every rank calls it, and those without `keep` get none.
+def whole_weights(model: torch.nn.Module, keep: bool, experts: ExpertGroup | None = None) -> Iterator[Part]:
+    """The parts of every parameter in order, on the device; every rank iterates, and those without `keep` get none.
 
     One parameter after the other is whole on the device; of the experts, where they are split, not even that: each
-    rank of the group sends its part in turn.
+    rank of the group sends its part in turn. A part is there until the next is asked for.
     """
-    weights = {}
     split = split_weights(model) if experts is not None else {}
     for name, parameter in model.named_parameters():
         cut_up = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter]) if cut_up else contextlib.nullcontext():
-            parts = _parts_of_experts(parameter, experts) if name in split else iter([parameter.detach()])
-            copies = [part.cpu().clone() if keep else None for part in parts]
-            if keep:
-                weights[name] = copies[0] if len(copies) == 1 else torch.cat(copies)
-    return weights
+            parts = _parts_of_experts(parameter, experts) if name in split else [parameter.detach()]
+            first = 0
+            for part in parts:
+                if keep:
+                    yield name, first, part
+                first += part.shape[0]
 
 
 def _parts_of_experts(parameter: torch.nn.Parameter, experts: ExpertGroup) -> Iterator[torch.Tensor]:

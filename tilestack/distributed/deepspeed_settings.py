@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import Qwen3MoeConfig
 
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 
+DEFAULT_STAGE = 2
 UPDATED_TOGETHER = 1 << 28  # parameters, whose gradients DeepSpeed copies while it updates them
 
 
@@ -61,13 +63,52 @@ def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) ->
     zero = settings.setdefault("zero_optimization", {})
     if distributed.zero is not None:
         _agree(settings, ("zero_optimization", "stage"), distributed.zero)
-    zero.setdefault("stage", 2)
+    zero.setdefault("stage", DEFAULT_STAGE)
     _agree(settings, ("bf16", "enabled"), dtype == torch.bfloat16)
     if dtype == torch.bfloat16:
         settings["bf16"].setdefault("check_grad_overflow", True)
     settings.setdefault("steps_per_print", None)
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     return settings
+
+
+def check_processes(distributed: DistributedConfig, world_size: int) -> None:
+    """Raise SettingsError if experts or rows cannot be split over so many processes."""
+    kept = {"expert_parallel": "keeps all experts on every process", "sequence_parallel": "keeps rows whole"}
+    for name, meaning in kept.items():
+        ranks = getattr(distributed, name)
+        if world_size % ranks:
+            raise SettingsError(
+                f"distributed.{name} = {ranks} must divide the number of processes, {world_size}; "
+                f"--distributed.{name} 1 {meaning}"
+            )
+    if distributed.expert_parallel > 1 and zero_stage(distributed) not in (1, 2):
+        raise SettingsError(
+            f"distributed.expert_parallel works with ZeRO 1 or 2, got distributed.zero = {zero_stage(distributed)}"
+        )
+
+
+def check_model(distributed: DistributedConfig, model: Qwen3MoeConfig) -> None:
+    """Raise SettingsError if a model of these sizes cannot be split so; before one is built."""
+    experts, rows = distributed.expert_parallel, distributed.sequence_parallel
+    if model.num_experts % experts:
+        raise SettingsError(
+            f"distributed.expert_parallel = {experts} must divide the model's {model.num_experts} experts evenly"
+        )
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+    if heads % rows or (kv_heads % rows and rows % kv_heads):
+        raise SettingsError(
+            f"distributed.sequence_parallel = {rows} must divide the model's {heads} query heads, and divide or be a "
+            f"multiple of its {kv_heads} key heads"
+        )
+
+
+def zero_stage(distributed: DistributedConfig) -> int:
+    """The ZeRO stage that is meant: tilestack's, the one in the user's file, or 2. Raises SettingsError."""
+    if distributed.zero is not None:
+        return distributed.zero
+    own = _read(distributed.deepspeed_config) if distributed.deepspeed_config else {}
+    return own.get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
 
 
 def _keep_states(settings: dict[str, Any], optimizer: OptimizerConfig, accumulation: int, dtype: torch.dtype) -> None:

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import torch
 
+from tilestack.distributed.checkpoint import Saving
+
 MicroBatch = dict[str, torch.Tensor | int]
 
 
@@ -58,14 +60,24 @@ class Engine(Protocol):
         """
         ...
 
+    def saving(self) -> Saving:
+        """This rank's part of a checkpoint as it is now, to be copied or written before the next step."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write weights and the optimizer's state into `folder`, which exists; every rank calls it."""
         ...
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote, by the same kind of engine and as many ranks. Raises CheckpointError."""
+        """Take up what `save` wrote, on any number of ranks under any split; every rank calls it.
+
+        Raises CheckpointError, on every rank if on one.
+        """
         ...
 
     def export(self, folder: Path) -> None:
-        """Write the model as a Hugging Face checkpoint in the hub's layout; every rank calls it, rank 0 writes."""
+        """Write the model as a Hugging Face checkpoint in the hub's layout; every rank calls it, rank 0 writes.
+
+        One parameter at a time is whole on a device, and one file's weights in rank 0's memory.
+        """
         ...

@@ -30,6 +30,7 @@ from tilestack.distributed.config import SettingsError
 from tilestack.models.registration import NAME
 from tilestack.models.token_dispatch import Experts
 
+ROUTES = 256  # the bound on the experts' routes is a multiple of it, so that memory of few sizes is asked for
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
@@ -60,6 +61,7 @@ class AllToAllDispatcher:
 
     def __init__(self, members: ExpertGroup, num_experts: int, chunks: int = 1):
         self.members, self.chunks = members, chunks
+        self.under_way: list[_Journey] = []
         self.first, self.experts_per_rank = members.share(num_experts)
 
     def __call__(
@@ -70,14 +72,14 @@ class AllToAllDispatcher:
         for chunk in chunks:
             rows = _Spread.apply(x[chunk.begin : chunk.end], chunk)
             weights, ids = topk_weights[chunk.begin : chunk.end], topk_ids[chunk.begin : chunk.end]
-            journey = _Journey(self.members.group, chunk.sent, chunk.received)
+            journey = _Journey(self.members.group, chunk.sent, chunk.received, self.under_way)
             flying = _Depart.apply(journey, rows, weights[chunk.tokens], ids[chunk.tokens])
             on_the_way.append((journey, flying))
         going_back = []
         for chunk, (journey, flying) in zip(chunks, on_the_way, strict=True):
             rows, weights, ids = _Arrive.apply(journey, *flying)
-            partial = experts(rows, ids - self.first, weights)
-            journey = _Journey(self.members.group, chunk.received, chunk.sent)
+            partial = experts(rows, ids - self.first, weights, chunk.routes)
+            journey = _Journey(self.members.group, chunk.received, chunk.sent, self.under_way)
             going_back.append((journey, _Depart.apply(journey, partial)))
         return torch.cat(
             [
@@ -93,27 +95,42 @@ class AllToAllDispatcher:
         owners = (topk_ids // self.experts_per_rank).long()
         goes = torch.zeros(len(topk_ids), ranks, dtype=torch.bool, device=topk_ids.device)
         goes.scatter_(1, owners, True)
-        parts = [goes[begin:end] for begin, end in zip(begins, begins[1:], strict=False)]
-        sent = torch.stack([part.sum(0) for part in parts], 1)  # [ranks, chunks]: a row goes to each rank
+        spans = list(zip(begins, begins[1:], strict=False))
+        parts = [goes[begin:end] for begin, end in spans]
+        routes = [_count(owners[begin:end], ranks) for begin, end in spans]
+        # [ranks, 2, chunks]: how many rows go to each rank, and how many routes they have there
+        sent = torch.stack([torch.stack([part.sum(0) for part in parts], 1), torch.stack(routes, 1)], 1)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.members.group)
         sizes = torch.stack([sent, received]).tolist()
         for i, part in enumerate(parts):
-            to, of = ([row[i] for row in side] for side in sizes)
+            to, of = ([rank[0][i] for rank in side] for side in sizes)
+            here = sum(rank[1][i] for rank in sizes[1])
             # the tokens of rank 0, then of rank 1, ...: a sort, because nonzero() would wait for the device again
             order = part.t().flatten().logical_not().byte().argsort(stable=True)[: sum(to)]
-            yield _Chunk(begins[i], begins[i + 1], order % max(len(part), 1), to, of)
+            most = -(-here // ROUTES) * ROUTES
+            yield _Chunk(begins[i], begins[i + 1], order % max(len(part), 1), to, of, most)
+
+
+def _count(owners: torch.Tensor, ranks: int) -> torch.Tensor:
+    """[ranks]: how many of the routes [T, K] each rank owns, on the device."""
+    counts = torch.zeros(ranks, dtype=torch.int64, device=owners.device)
+    return counts.scatter_add_(0, owners.flatten(), torch.ones_like(owners).flatten())
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Tokens [begin, end) of this rank: which rows it sends (their tokens, counted from begin, rank by rank)."""
+    """Tokens [begin, end) of this rank: which rows it sends (their tokens, counted from begin, rank by rank).
+
+    routes: a bound on those that the rows it receives have to its own experts.
+    """
 
     begin: int
     end: int
     tokens: torch.Tensor
     sent: list[int]
     received: list[int]
+    routes: int
 
     def spread(self, x: torch.Tensor) -> torch.Tensor:
         """[T, H] of the chunk's tokens -> [S, H], one row for each rank that a token goes to."""
@@ -155,10 +172,11 @@ class _Journey:
     """Rows on their way to other ranks, and later their gradients on the way home.
 
     sent, received: how many rows go to each rank, and come from it.
+    under_way: the layer's journeys that nobody has waited for yet, without those of gradients.
     """
 
-    def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]):
-        self.group, self.sent, self.received = group, sent, received
+    def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int], under_way: list[_Journey]):
+        self.group, self.sent, self.received, self.under_way = group, sent, received, under_way
         self._work: list[dist.Work] = []
         self.gradients: list[torch.Tensor | None] = []
 
@@ -170,12 +188,25 @@ class _Journey:
             dist.all_to_all_single(there, here.contiguous(), of, to, group=self.group, async_op=True)
             for there, here in zip(landed, tensors, strict=True)
         ]
+        if not home:
+            self.under_way.append(self)
         return landed
 
     def finish(self) -> None:
         for work in self._work:
             work.wait()
         self._work = []
+        if self in self.under_way:
+            self.under_way.remove(self)
+
+    def finish_all(self) -> None:
+        """Wait for what the layer has sent and nobody will read.
+
+        Activation checkpointing makes a layer again until the backward has what it needs: the last part's experts ran,
+        and the way home of the parts before has begun.
+        """
+        for each in tuple(self.under_way):
+            each.finish()
 
 
 class _Depart(torch.autograd.Function):
@@ -209,6 +240,7 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple:
+        ctx.journey.finish_all()
         leaving = tuple(grad for grad, differs in zip(grads, ctx.differentiable, strict=True) if differs)
         home = iter(ctx.journey.start(leaving, home=True))
         ctx.journey.gradients = [next(home) if differs else None for differs in ctx.differentiable]
@@ -219,7 +251,7 @@ class _Arrive(torch.autograd.Function):
 def split_experts(model: nn.Module, members: ExpertGroup, chunks: int) -> None:
     """Leave only this rank's experts in every MoE layer of the model, and send tokens to the others.
 
-    Raises SettingsError if the experts do not divide evenly among the ranks, or do not run on our op.
+    Raises SettingsError if the experts do not run on our op.
     """
     for block in model.modules():
         if not isinstance(block, Qwen3MoeSparseMoeBlock):
@@ -230,10 +262,6 @@ def split_experts(model: nn.Module, members: ExpertGroup, chunks: int) -> None:
                 f"experts_implementation={block.experts.config._experts_implementation!r}"
             )
         experts = block.experts.num_experts
-        if experts % members.size:
-            raise SettingsError(
-                f"distributed.expert_parallel = {members.size} must divide the model's {experts} experts evenly"
-            )
         first, count = members.share(experts)
         for name in EXPERT_WEIGHTS:
             whole = getattr(block.experts, name)

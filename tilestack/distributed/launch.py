@@ -1,15 +1,13 @@
-"""The three calls that start a training: join the processes, build the model for them, make the engine."""
+"""The two calls that start a training: join the processes, and make the engine."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +16,8 @@ from tilestack.distributed.config import DistributedConfig, OptimizerConfig
 from tilestack.distributed.engine import Engine
 from tilestack.distributed.local import LocalEngine
 from tilestack.distributed.world import LaunchError, World, current_world, take_up_slurm
-from tilestack.models import Qwen3MoeForCausalLM, Recomputation, recompute_activations
+from tilestack.models import Qwen3MoeForCausalLM, Recomputation, Weights, recompute_activations
+from tilestack.models.weights import is_outline
 
 
 def uses_deepspeed(distributed: DistributedConfig, world: World) -> bool:
@@ -48,23 +47,6 @@ def start(distributed: DistributedConfig) -> World:
     return world
 
 
-@contextlib.contextmanager
-def build_model(distributed: DistributedConfig, dtype: torch.dtype) -> Iterator[None]:
-    """The place to call `from_pretrained` in.
-
-    Under ZeRO-3 every parameter is cut into the ranks' parts as it is made; otherwise this changes nothing. A new
-    model is built outside: a bare `Qwen3MoeForCausalLM(config)` in here would be left uninitialised by transformers.
-    dtype: what the model is loaded in.
-    """
-    if not uses_deepspeed(distributed, current_world()):
-        yield
-        return
-    from tilestack.distributed.deepspeed_engine import partitioned_construction
-
-    with partitioned_construction(distributed, dtype):
-        yield
-
-
 def make_engine(
     model: torch.nn.Module,
     optimizer: OptimizerConfig,
@@ -72,17 +54,20 @@ def make_engine(
     accumulation: int,
     activation_checkpointing: Recomputation = "none",
     activation_offload: bool = False,
+    weights: Weights | None = None,
 ) -> Engine:
     """The engine that trains `model`: our own for one process, DeepSpeed from two on (or when asked for by name).
 
-    model: a tilestack.Qwen3MoeForCausalLM (or a transformers one after tilestack.enable), built inside
-        `build_model`. Its dtype decides the precision: bfloat16 weights get float32 master weights and moments,
-        float32 ones are trained as they are.
+    model: a tilestack.Qwen3MoeForCausalLM (or a transformers one after tilestack.enable). Its dtype decides the
+        precision: bfloat16 weights get float32 master weights and moments, float32 ones are trained as they are.
+    weights: with a model on the meta device (`tilestack.models.pretrained`, `drawn`): what it is filled with. Each rank
+        then reads what it keeps, straight to its device, and no rank ever has the whole model that need not.
     accumulation: micro-batches per step and rank.
     activation_checkpointing, activation_offload: what the layers keep for the backward pass, and whether on the host
         (tilestack.models.recompute_activations).
 
-    Raises ValueError for an accumulation below 1, another model, or weights that are neither bfloat16 nor float32.
+    Raises ValueError for an accumulation below 1, another model, weights that are neither bfloat16 nor float32, and an
+    outline without weights or a whole model with them.
     """
     if not isinstance(model, Qwen3MoeForCausalLM):
         raise ValueError(
@@ -97,6 +82,11 @@ def make_engine(
         raise ValueError(
             f"the model's weights must be all float32 or all bfloat16, got {found}; set `dtype` at loading"
         )
+    if is_outline(model) != (weights is not None):
+        raise ValueError(
+            "weights belong to a model on the meta device, and it needs them: give both as tilestack.models.pretrained "
+            "or drawn returns them, or a whole model alone"
+        )
     recompute_activations(model, activation_checkpointing, offload=activation_offload)
     world = current_world()
     (dtype,) = dtypes
@@ -104,7 +94,7 @@ def make_engine(
     if uses_deepspeed(distributed, world):
         from tilestack.distributed.deepspeed_engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(model, optimizer, distributed, accumulation, world)
+        return DeepSpeedEngine(model, optimizer, distributed, accumulation, world, weights)
     for name in ("expert_parallel", "sequence_parallel"):
         ranks = getattr(distributed, name)
         if ranks > 1:
@@ -112,7 +102,8 @@ def make_engine(
                 f"distributed.{name} = {ranks} needs as many processes, with DeepSpeed, and this is one without: set "
                 f"distributed.{name} to 1, or start more with torchrun"
             )
-    return LocalEngine(model, optimizer, accumulation, world, record_graphs=distributed.cuda_graphs == "auto")
+    graphs = distributed.cuda_graphs == "auto"
+    return LocalEngine(model, optimizer, accumulation, world, record_graphs=graphs, weights=weights)
 
 
 def check_deepspeed(device: torch.device) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tilestack.distributed.checkpoint import WEIGHT, Piece, read_pieces, read_state, write_pieces, write_state
+from tilestack.distributed.checkpoint import WEIGHT, Piece, Saving, numbers, read_pieces, read_state
 from tilestack.distributed.config import OptimizerConfig
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.graphs import HOST_BOUND, StepGraphs
@@ -19,6 +19,8 @@ from tilestack.distributed.optimizer import new_moments, readable, take_up
 from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.kernels import adamw
+from tilestack.models import Weights, materialise
+from tilestack.models.export import write_model
 
 MEASURED_STEP = 3  # the first two compile kernels
 
@@ -50,6 +52,7 @@ class LocalEngine:
     parameter with its gradient, 18 with accumulation, where gradients are summed in float32. With float32 weights there
     is no master: 16 bytes.
 
+    weights: what an outline of a model is filled with.
     record_graphs: on a GPU, find out in the third step whether the host keeps it waiting, and if so replay recorded
         steps from then on (graphs.py). Gradients then have memory of their own.
     """
@@ -61,8 +64,11 @@ class LocalEngine:
         accumulation: int,
         world: World,
         record_graphs: bool = False,
+        weights: Weights | None = None,
     ):
         self.rank, self.world_size, self.device = 0, 1, world.device
+        if weights is not None:
+            materialise(model, weights, self.device)
         self.model = model.to(self.device).train()
         self.optimizer = optimizer
         self.accumulation = accumulation
@@ -175,10 +181,12 @@ class LocalEngine:
         total, labels = evaluation_sums(self.model, list(batches), self.device).tolist()
         return total / labels if labels else float("nan")
 
+    def saving(self) -> Saving:
+        found = numbers(self._dtype(), self.updates, {"engine": "local", "world_size": 1})
+        return Saving(self.rank, self._pieces, found)
+
     def save(self, folder: Path) -> None:
-        folder = Path(folder)
-        write_pieces(folder, self.rank, self._pieces())
-        write_state(folder, self._dtype(), self.updates, {"engine": "local", "world_size": 1})
+        self.saving().write(Path(folder))
 
     def load(self, folder: Path) -> None:
         folder = Path(folder)
@@ -192,7 +200,8 @@ class LocalEngine:
         self.updates = updates
 
     def export(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
+        parts = ((name, 0, parameter.detach()) for name, parameter in self.model.named_parameters())
+        write_model(self.model, parts, Path(folder))
 
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype

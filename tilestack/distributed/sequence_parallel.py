@@ -76,18 +76,12 @@ class _Function(nn.Module):
 def shard_sequences(model: Qwen3MoeForCausalLM, sequence: Ulysses) -> None:
     """Make the model expect its rank's part of every row.
 
-    Raises SettingsError if the heads cannot be shared out evenly, or do not run on our op.
+    Raises SettingsError if attention does not run on our op.
     """
     implementation = model.config._attn_implementation
     if implementation != NAME:
         raise SettingsError(
             "distributed.sequence_parallel shares out the heads of tilestack's own attention, but the model was built "
             f"with attn_implementation={implementation!r}"
-        )
-    heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
-    if heads % sequence.ranks or (kv_heads % sequence.ranks and sequence.ranks % kv_heads):
-        raise SettingsError(
-            f"distributed.sequence_parallel = {sequence.ranks} must divide the model's {heads} query heads, and "
-            f"divide or be a multiple of its {kv_heads} key heads"
         )
     model.shard_sequence(sequence)

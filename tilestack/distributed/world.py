@@ -64,3 +64,6 @@ def take_up_slurm() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + number % 10000))
     os.environ["RANK"], os.environ["LOCAL_RANK"] = given["SLURM_PROCID"], given["SLURM_LOCALID"]
     os.environ["WORLD_SIZE"] = given["SLURM_STEP_NUM_TASKS"]
+    tasks = re.match(r"\d+", given.get("SLURM_STEP_TASKS_PER_NODE", ""))  # "4(x2)": 4 on each of 2 nodes
+    if tasks is not None:
+        os.environ.setdefault("LOCAL_WORLD_SIZE", tasks[0])

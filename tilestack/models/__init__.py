@@ -11,6 +11,7 @@ from tilestack.models.qwen3_moe import Qwen3MoeForCausalLM
 from tilestack.models.recomputation import Recomputation, recompute_activations
 from tilestack.models.registration import register
 from tilestack.models.rotary import restore_rotary_frequencies
+from tilestack.models.weights import Weights, drawn, materialise, pretrained
 
 register()
 
@@ -20,7 +21,11 @@ __all__ = [
     "Qwen3MoeForCausalLM",
     "Recomputation",
     "Report",
+    "Weights",
+    "drawn",
     "enable",
+    "materialise",
+    "pretrained",
     "recompute_activations",
     "register",
     "restore_rotary_frequencies",

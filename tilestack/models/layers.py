@@ -105,9 +105,13 @@ class Qwen3MoeSparseMoeBlock(original.Qwen3MoeSparseMoeBlock):
         if self.dispatcher is None:
             out = self.experts(x, ids, weights)
         else:
-            out = self.dispatcher(x, ids, weights, self.experts)
+            out = self.dispatcher(x, ids, weights, self._own_experts)
         out = out.view_as(hidden_states)
         return (out, routed.tokens_per_expert, routed.probability_sum) if router_statistics else out
+
+    def _own_experts(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, most: int) -> torch.Tensor:
+        ids.most_routes = most  # transformers' interface of experts takes three tensors and nothing else
+        return self.experts(x, ids, weights)
 
 
 def _runs_on_our_op(experts: nn.Module) -> bool:

@@ -20,7 +20,7 @@ def check_folder(folder: Path) -> None:
         model_type = json.loads(config.read_text()).get("model_type")
         if model_type != MODEL_TYPE:
             raise ValueError(f"{config}: model_type must be {MODEL_TYPE!r}, got {model_type!r}: another architecture")
-    for shard in _shards(folder):
+    for shard in shards(folder):
         if not shard.exists():
             raise ValueError(f"{shard}: missing, but {folder / 'model.safetensors.index.json'} lists it; copy it again")
         try:
@@ -30,7 +30,8 @@ def check_folder(folder: Path) -> None:
             raise ValueError(f"{shard}: truncated or no safetensors file ({error}); copy it again") from error
 
 
-def _shards(folder: Path) -> list[Path]:
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those that its index lists, or all that there are."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]

@@ -117,7 +117,8 @@ def experts_forward(
         # an engine that sums gradients over micro-batches, and that nobody hooks, leaves its sums at the parameters
         named = {"gate_up_grad": self.gate_up_proj, "down_grad": self.down_proj}
         sums = {name: getattr(each, "gradient_sum", None) for name, each in named.items() if not each._backward_hooks}
-    return moe(x, gate_up, down, top_k_index, weights, **sums, implementation=kernels_of(self).moe)
+    most = getattr(top_k_index, "most_routes", None)  # of ids that other ranks sent
+    return moe(x, gate_up, down, top_k_index, weights, most_routes=most, **sums, implementation=kernels_of(self).moe)
 
 
 def kernels_of(module: torch.nn.Module) -> KernelChoice:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Experts = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 class TokenDispatcher(Protocol):
@@ -19,8 +19,9 @@ class TokenDispatcher(Protocol):
         """What `experts(x, topk_ids, topk_weights)` would give if this rank had all of them.
 
         x: [T, H], this rank's tokens. topk_ids: [T, K], numbers among all experts. topk_weights: [T, K].
-        experts: this rank's own: (rows [R, H], ids [R, K], weights [R, K]) -> [R, H]; ids count from its first expert,
-            and one outside its experts adds 0.
+        experts: this rank's own: (rows [R, H], ids [R, K], weights [R, K], most) -> [R, H]; ids count from its first
+            expert, and one outside its experts adds 0. At most `most` ids are of its experts: the memory that the
+            experts take is of this size, where R * K would be several times as much.
 
         Returns [T, H]; differentiable in x and topk_weights, and in the experts' weights through `experts`.
         """

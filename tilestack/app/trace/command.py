@@ -12,7 +12,7 @@ from typing import Any
 from tilestack.app.config import Config, check
 from tilestack.app.errors import UserError
 from tilestack.app.files import write_text
-from tilestack.app.model import check_checkpoint
+from tilestack.app.model import check_model
 from tilestack.app.parse import take_option
 from tilestack.app.start import configure
 from tilestack.app.trace.page import page
@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
     config, _ = configure(argv, prog="tilestack trace")
     world = start(config.distributed)
     check(config, world.world_size)
-    check_checkpoint(config)
+    check_model(config)
     if compare and world.world_size > 1:
         raise UserError("--compare transformers runs in one process; start tilestack trace without torchrun")
     folder = _folder(config, out)

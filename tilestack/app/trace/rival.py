@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from tilestack.app.config import Config
 from tilestack.app.data.packing import MicroBatch
-from tilestack.app.model import model_config
-from tilestack.models import recompute_activations
+from tilestack.app.model import build, model_config
+from tilestack.models import materialise, recompute_activations
 
 # what transformers takes by itself, said by name: SDPA (cuDNN or flash on a GPU) and grouped matrix products
 BY_ITSELF = {"attn_implementation": "sdpa", "experts_implementation": "grouped_mm"}
@@ -53,17 +53,14 @@ class PlainTransformers(torch.nn.Module):
         return SimpleNamespace(loss=output.loss, aux_loss=aux_loss, tokens_per_expert=None)
 
 
-def build_plain(config: Config, tokenizer: PreTrainedTokenizerBase) -> PlainTransformers:
+def build_plain(config: Config, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PlainTransformers:
     """The model that `app.model.build` makes, with the same weights, as transformers alone makes it."""
-    dtype = getattr(torch, config.model.dtype)
-    shape = model_config(config, tokenizer)
-    torch.manual_seed(config.train.seed)
-    if config.model.path is None:
-        inner = transformers.Qwen3MoeForCausalLM._from_config(shape, dtype=dtype, **BY_ITSELF)
-    else:
-        inner = transformers.Qwen3MoeForCausalLM.from_pretrained(
-            config.model.path, config=shape, dtype=dtype, use_safetensors=True, trust_remote_code=False, **BY_ITSELF
+    ours, weights = build(config, tokenizer)
+    with torch.device("meta"):
+        inner = transformers.Qwen3MoeForCausalLM._from_config(
+            model_config(config, tokenizer), dtype=ours.dtype, **BY_ITSELF
         )
+    materialise(inner, weights, device)
     recompute_activations(inner, config.model.activation_checkpointing)
     return PlainTransformers(inner)
 

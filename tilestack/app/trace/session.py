@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import gc
 from collections.abc import Callable, Iterator
@@ -130,15 +129,13 @@ def _run(name: str, session: Session, weights: list[torch.Tensor]) -> dict[str, 
 def _engine(name: str, session: Session) -> tuple[Engine, int]:
     """The engine of a run, and how many numbers its model learns, of all ranks: the engine may split the experts."""
     config, world = session.config, session.world
-    # a new model is drawn on the device itself, which is quick; its weights are not those that a training would draw
-    drawn = world.device if config.model.path is None else contextlib.nullcontext()
     _, data_ranks = config.distributed.data_ranks(world.rank, world.world_size)
     accumulation = config.train.micro_batches // data_ranks
-    with drawn:
-        model = (build_plain if name == RIVAL else build)(config, session.tokenizer)
-    learned = parameters(model)
     if name == RIVAL:
-        return LocalEngine(model, config.optimizer, accumulation, world), learned
+        rival = build_plain(config, session.tokenizer, world.device)
+        return LocalEngine(rival, config.optimizer, accumulation, world), parameters(rival)
+    model, weights = build(config, session.tokenizer)
+    learned = parameters(model)
     # a replayed step does not say whose its kernels are
     eager = dataclasses.replace(config.distributed, cuda_graphs="off")
     engine = make_engine(
@@ -148,6 +145,7 @@ def _engine(name: str, session: Session) -> tuple[Engine, int]:
         accumulation=accumulation,
         activation_checkpointing=config.model.activation_checkpointing,
         activation_offload=config.model.activation_offload,
+        weights=weights,
     )
     return engine, learned
 

@@ -21,9 +21,17 @@ from tilestack.kernels.sort_routes.op import check_ids
 
 @dataclass(frozen=True)
 class MoEParams:
-    """keep: the forward keeps the pre-activation for the backward, which otherwise makes it again."""
+    """keep: the forward keeps the pre-activation for the backward, which otherwise makes it again.
+
+    most_routes: a bound on the routes to experts that are here; -1: all may be.
+    """
 
     keep: bool
+    most_routes: int = -1
+
+    def bound(self, routes: int) -> int:
+        """How many of so many routes may be to experts that are here."""
+        return routes if self.most_routes < 0 else min(routes, self.most_routes)
 
 
 def _fake(x: torch.Tensor, *_) -> tuple:
@@ -56,6 +64,7 @@ def moe(
     topk_weights: torch.Tensor | None = None,
     *,
     recompute: bool = False,
+    most_routes: int | None = None,
     gate_up_grad: torch.Tensor | None = None,
     down_grad: torch.Tensor | None = None,
     implementation: str | None = None,
@@ -71,14 +80,16 @@ def moe(
         dispatched.
     recompute: keep nothing but the inputs for the backward, and make the pre-activation there again: 4 * K * I bytes a
         token less in 16 bits, for 4 of 18 * K * H * I operations more.
+    most_routes: at most so many ids lie in [0, E), where the caller knows: memory and grids are of this size instead of
+        T * K. A promise: on a CPU it is checked, on a GPU, where looking would wait, more routes are written outside.
     gate_up_grad, down_grad: like the weights, contiguous, float32 or the weights' dtype. The backward adds the weight's
         gradient to it, in one pass, and autograd gets none: for weights whose gradient nobody hooks (DeepSpeed does).
         Without effect where the weight needs no gradient; else x or topk_weights must require one.
     implementation: "tilestack", "tilestack-triton" or "reference"; None chooses.
 
     Returns out like x. Differentiable in x, gate_up, down and topk_weights. The same input gives the same bits.
-    Raises ValueError for wrong shapes, dtypes, strides or devices, and for a sum that no backward would write or under
-    torch.compile.
+    Raises ValueError for wrong shapes, dtypes, strides or devices, on a CPU for a bound that is too low, and for a sum
+    that no backward would write or under torch.compile.
     """
     checks.floating("moe", x=x, gate_up=gate_up, down=down)
     checks.same_dtype("moe", x=x, gate_up=gate_up, down=down)
@@ -97,6 +108,8 @@ def moe(
     if topk_weights is not None:
         checks.dtype("moe", "topk_weights", topk_weights, torch.promote_types(x.dtype, torch.float32))
         checks.shape("moe", "topk_weights", topk_weights, (tokens, top_k), "[T, K], like topk_ids")
+    if most_routes is not None:
+        _check_bound(topk_ids, experts, most_routes)
     leaves = (x, gate_up, down, topk_weights)
     needs_grad = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in leaves)
     gate_up, gate_up_grad = _accumulating("gate_up", gate_up, gate_up_grad)
@@ -107,7 +120,16 @@ def moe(
             "requires a gradient; neither does: leave them out"
         )
     tensors = (x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad)
-    return OP(tensors, MoEParams(keep=needs_grad and not recompute), implementation)[0]
+    bound = -1 if most_routes is None else max(1, most_routes)
+    return OP(tensors, MoEParams(keep=needs_grad and not recompute, most_routes=bound), implementation)[0]
+
+
+def _check_bound(topk_ids: torch.Tensor, experts: int, most_routes: int) -> None:
+    checks.at_least("moe", "most_routes", most_routes, 0)
+    if topk_ids.device.type == "cpu":
+        found = int(((topk_ids >= 0) & (topk_ids < experts)).sum())
+        if found > most_routes:
+            raise ValueError(f"moe: most_routes must be at least {found}, the ids in [0, {experts}), got {most_routes}")
 
 
 def _requires_grad(tensor: torch.Tensor | None) -> bool:

@@ -31,8 +31,9 @@ def refuses(call: Call) -> str | None:
 
 def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     routes, experts = topk_ids.shape[0] * topk_ids.shape[1], down.shape[0]
-    table = x.new_empty((table_length(routes, experts),), dtype=torch.int32)
-    return x.new_empty((max_rows(routes, experts) if params.keep else 0, gate_up.shape[1])), table
+    most = params.bound(routes)
+    table = x.new_empty((table_length(routes, experts, most),), dtype=torch.int32)
+    return x.new_empty((max_rows(most, experts) if params.keep else 0, gate_up.shape[1])), table
 
 
 def _aligned(tensor: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
-    layout, top_k = Layout.of(topk_ids, down.shape[0]), topk_ids.shape[1]
+    layout, top_k = Layout.of(topk_ids, down.shape[0], params.bound(topk_ids.numel())), topk_ids.shape[1]
     if topk_ids.numel() == 0:
         return x.new_empty(x.shape), x.new_empty((0, gate_up.shape[1])), layout.table
     pre_activation, activated = up(_aligned(x), _aligned(gate_up), layout, top_k, pre=params.keep)
@@ -58,7 +59,8 @@ def backward(
         return tuple(torch.zeros_like(named[name], memory_format=torch.contiguous_format) for name in needs)
     totals = {"gate_up": gate_up_grad, "down": down_grad}
     wanted = {*needs, *(name for name, total in totals.items() if total is not None)}
-    layout, top_k = Layout(table, topk_ids.numel(), down.shape[0]), topk_ids.shape[1]
+    routes, top_k = topk_ids.numel(), topk_ids.shape[1]
+    layout = Layout(table, routes, down.shape[0], params.bound(routes))
     weights = None if topk_weights is None else topk_weights.contiguous()
     x, dout, gate_up = _aligned(x), _aligned(dout), _aligned(gate_up)
     if not pre_activation.shape[0]:

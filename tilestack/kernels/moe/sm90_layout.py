@@ -63,25 +63,26 @@ class Layout:
     row_offsets [E + 1]: where each expert's rows begin. by_size [E]: the experts, the one with most rows first.
     blocks [max_blocks, 4]: for each block of 128 rows its expert (plus SECOND), the expert's first block, how many
     it has, and its first row. n_blocks [1].
-    rows: how many rows there may be.
+    rows: how many rows there may be, of at most `most` routes that have an expert.
     """
 
-    def __init__(self, table: torch.Tensor, routes: int, experts: int):
+    def __init__(self, table: torch.Tensor, routes: int, experts: int, most: int | None = None):
         self.table, self.routes, self.experts = table, routes, experts
-        self.rows = max_rows(routes, experts)
-        self.max_blocks = routes // BLOCK + min(routes, experts)
-        parts = table.split(_lengths(routes, experts))
+        most = routes if most is None else most
+        self.rows = max_rows(most, experts)
+        self.max_blocks = most // BLOCK + min(most, experts)
+        parts = table.split(_lengths(routes, experts, most))
         row_to_route, route_to_row, row_offsets, self.by_size, self.blocks, self.n_blocks = parts
         self.row_to_route, self.row_offsets = row_to_route[: self.rows + HALF], row_offsets[: experts + 1]
         self.route_to_row = route_to_row[:routes]
 
     @staticmethod
-    def of(topk_ids: torch.Tensor, experts: int) -> Layout:
+    def of(topk_ids: torch.Tensor, experts: int, most: int) -> Layout:
         """Sort the routes and lay them out: three launches."""
         ids, routes = topk_ids.contiguous(), topk_ids.numel()
         before = sorting.counts_before(ids, experts)
-        table = ids.new_empty((table_length(routes, experts),), dtype=torch.int32)
-        layout = Layout(table, routes, experts)
+        table = ids.new_empty((table_length(routes, experts, most),), dtype=torch.int32)
+        layout = Layout(table, routes, experts, most)
         n_route_blocks = before.shape[0] - 1
         grid = max(n_route_blocks, launch.cdiv(max(layout.max_blocks, experts), LAYOUT_CHUNK))
         with launch.on_device(ids):
@@ -99,12 +100,12 @@ def max_rows(routes: int, experts: int) -> int:
     return (routes // HALF + min(routes, experts)) * HALF
 
 
-def table_length(routes: int, experts: int) -> int:
+def table_length(routes: int, experts: int, most: int | None = None) -> int:
     """The length of `Layout.table`."""
-    return sum(_lengths(routes, experts))
+    return sum(_lengths(routes, experts, routes if most is None else most))
 
 
-def _lengths(routes: int, experts: int) -> list[int]:
-    blocks = routes // BLOCK + min(routes, experts)
-    lengths = (max_rows(routes, experts) + HALF, routes, experts + 1, experts, 4 * blocks, 1)
+def _lengths(routes: int, experts: int, most: int) -> list[int]:
+    blocks = most // BLOCK + min(most, experts)
+    lengths = (max_rows(most, experts) + HALF, routes, experts + 1, experts, 4 * blocks, 1)
     return [(length + 3) // 4 * 4 for length in lengths]  # every part begins at a multiple of 16 bytes

@@ -260,12 +260,12 @@ def moe_swiglu_bwd_kernel(
 
 
 class _Grouped:
-    """The grouped products of one call: the routes sorted by expert, cut into blocks of rows."""
+    """The grouped products of one call: the routes sorted by expert, cut into blocks of rows. rows: so many at most."""
 
-    def __init__(self, x: torch.Tensor, experts: int, sorted_routes: tuple[torch.Tensor, ...]):
+    def __init__(self, x: torch.Tensor, experts: int, sorted_routes: tuple[torch.Tensor, ...], rows: int):
         self.expert_offsets, self.sorted_to_route, self.route_to_sorted = sorted_routes
-        self.experts, self.rows, self.tokens = experts, self.sorted_to_route.numel(), x.shape[0]
-        self.top_k = self.rows // self.tokens
+        self.experts, self.rows = experts, rows
+        self.top_k = self.sorted_to_route.numel() // x.shape[0]
         self.tiles = tiles(Device.of(x.device), x.dtype)
         block_m = self.tiles.rows.m
         self.n_blocks = self.rows // block_m + min(experts, self.rows)  # every expert may end in a partial block
@@ -361,9 +361,9 @@ def _blocks(tile: Tile) -> dict[str, int]:
 
 
 def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
-    rows = topk_ids.shape[0] * topk_ids.shape[1]
-    offsets = (x.new_empty((n,), dtype=torch.int32) for n in (down.shape[0] + 1, rows, rows))
-    return x.new_empty((rows if params.keep else 0, gate_up.shape[1])), *offsets
+    routes = topk_ids.shape[0] * topk_ids.shape[1]
+    offsets = (x.new_empty((n,), dtype=torch.int32) for n in (down.shape[0] + 1, routes, routes))
+    return x.new_empty((params.bound(routes) if params.keep else 0, gate_up.shape[1])), *offsets
 
 
 def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
@@ -371,7 +371,7 @@ def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, p
     sorted_routes = sorting.forward(topk_ids, SortRoutesParams(experts))
     if topk_ids.numel() == 0:
         return x.new_empty(x.shape), x.new_empty((0, gate_up.shape[1])), *sorted_routes
-    grouped = _Grouped(x, experts, sorted_routes)
+    grouped = _Grouped(x, experts, sorted_routes, params.bound(topk_ids.numel()))
     pre_activation, activated = grouped.up(x, gate_up, pre=params.keep)
     answers = grouped.multiply(activated, down.mT)
     return combine(answers, topk_weights, grouped.route_to_sorted, grouped.top_k), pre_activation, *sorted_routes
@@ -385,7 +385,7 @@ def backward(
         return tuple(torch.zeros_like(named[name], memory_format=torch.contiguous_format) for name in needs)
     totals = {"gate_up": gate_up_grad, "down": down_grad}
     wanted = {*needs, *(name for name, total in totals.items() if total is not None)}
-    grouped = _Grouped(x, down.shape[0], sorted_routes)
+    grouped = _Grouped(x, down.shape[0], sorted_routes, params.bound(sorted_routes[1].numel()))
     if not pre_activation.shape[0]:
         pre_activation, _ = grouped.up(x, gate_up, activate=False)
     dactivated = grouped.multiply(dout, down, gather=True) if wanted != {"down"} else None

@@ -24,6 +24,11 @@ def _partly_elsewhere(tokens: int, top_k: int, experts: int, generator: torch.Ge
     return torch.randint(-2, experts + 3, (tokens, top_k), generator=generator)
 
 
+def _one_in_four(tokens: int, top_k: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    here = torch.arange(top_k) == torch.randint(0, top_k, (tokens, 1), generator=generator)
+    return torch.where(here, torch.randint(0, experts, (tokens, top_k), generator=generator), experts + 3)
+
+
 def _all_elsewhere(tokens: int, top_k: int, experts: int, generator: torch.Generator) -> torch.Tensor:
     return torch.full((tokens, top_k), experts)
 
@@ -63,6 +68,12 @@ CASES = OpCases(
         Case("one expert takes all", "several row blocks of one expert", _make(140, 64, 64, 5, 2, _one_takes_all)),
         Case("duplicate routes", "an expert sees the same token twice", _make(21, 64, 64, 4, 4, _duplicates)),
         Case("partly elsewhere", "ids below 0 and beyond E are skipped", _make(23, 64, 192, 4, 3, _partly_elsewhere)),
+        Case(
+            "few of many elsewhere",
+            "memory for the routes that are here alone",
+            _make(70, 64, 64, 4, 4, _one_in_four),
+            {"most_routes": 70},
+        ),
         Case("all elsewhere", "no expert has a row", _make(6, 64, 64, 4, 2, _all_elsewhere)),
         Case("no tokens", "an empty batch", _make(0, 64, 64, 4, 2)),
         Case("strided", "x is a slice of a wider tensor", _make(9, 64, 64, 4, 2, strided=True)),
