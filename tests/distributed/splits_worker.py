@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
+from deepspeed.utils import groups
 
 from distributed.tiny import global_step, tiny_model
 from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
@@ -52,6 +53,7 @@ def main() -> None:
         zero, experts, rows = map(int, split.split("-"))
         # DeepSpeed learns once a process how many ranks share rows; here it may forget
         parallel_state_sp._SEQUENCE_PARALLEL_GROUP = parallel_state_sp._SEQUENCE_DATA_PARALLEL_GROUP = None
+        groups.mpu = None
         split_so = {"zero": zero, "expert_parallel": experts, "sequence_parallel": rows}
         distributed = DistributedConfig(engine="deepspeed", **split_so)
         found[split] = two_steps(distributed, int(os.environ["WORLD_SIZE"]))
