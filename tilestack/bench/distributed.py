@@ -26,6 +26,7 @@ import torch.distributed as dist
 import transformers
 
 from tilestack.app.trace.units import covered
+from tilestack.bench.failures import time_failures
 from tilestack.bench.ranks import on_ranks
 from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.step import plain_transformers, qwen3_30b_a3b, zipf_tokens
@@ -143,6 +144,8 @@ def run(gpus: int, layers: int, large: int, repeats: int, only: list[str] | None
             failed = Row(job.kind, asdict(job.case), job.implementation, "step", error=result)
             for row in [failed] if isinstance(result, str) else result:
                 recorder.add(row)
+    for row in time_failures(gpus):
+        recorder.add(row)
     return recorder.finish()
 
 
@@ -380,6 +383,9 @@ def describe(row: Row) -> str:
     if row.op == "link":
         return f"{row.case['collective']:>15}: {row.gbps:.0f} GB/s"
     case = row.case
+    if row.op == "failure":
+        took = "never ended" if row.ms_median is None else f"{row.ms_median / 1e3:.1f} s until all had ended"
+        return f"{'a rank ' + case['harm']:>15}: {took}" + (f": {row.error}" if row.error else "")
     what = f"{row.implementation:25} {case['gpus']} GPUs, {case['layers']} layers, {case['batch']} x {case['seqlen']}, "
     what += f"ZeRO-{case['zero']}, experts / {case['expert_parallel']}, rows / {case['sequence_parallel']}, "
     what += f"checkpointing {case['checkpointing']}"

@@ -38,7 +38,7 @@ def on_ranks(jobs: Sequence[J], work: Work, ranks: int, patience_s: float) -> It
 class _Group:
     def __init__(self, jobs: Sequence[J], work: Work, ranks: int):
         context = multiprocessing.get_context("spawn")
-        port = _free_port()
+        port = free_port()
         self._processes, self._receivers = [], []
         for rank in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
@@ -84,7 +84,8 @@ class _Group:
             process.join()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nobody listened at a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
