@@ -329,6 +329,13 @@ def equality_table() -> str:
     return "\n".join(map(block, _runs("equality"))) or "Not run yet.\n"
 
 
+def scaling_table() -> str:
+    """The step on many GPUs, as the model of it says."""
+    from tilestack.bench.scaling import measured, table
+
+    return table(measured())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -345,4 +352,5 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan": lambda: _each_run("plan", plan_block),
     "planned": planned_table,
     "adamw": lambda: _each_run("adamw", adamw_block),
+    "scaling": scaling_table,
 }

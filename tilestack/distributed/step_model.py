@@ -49,7 +49,7 @@ class Machine:
     host_gpu: float = 50.0
     host_update: float = 40.0
     gpus_per_node: int = 8
-    node_link: float = 360.0
+    node_link: float = 270.0
     network: float = 45.0
     node_hop: float = 3.0
     network_hop: float = 10.0
@@ -57,8 +57,9 @@ class Machine:
     hidden_share: float = 0.8
 
 
-# Rounded from bench/results (attention, moe and trace of 1xH100.json); tests/distributed/test_step_model.py compares.
-# Links: the defaults of Machine; docs/scaling.md says where they come from. An H200 computes as an H100.
+# Rounded from bench/results (1xH100.json of attention, moe and trace); tests/distributed/test_step_model.py compares.
+# The links inside a node too, measured between two GPUs; the other links and the latencies are assumed: the defaults of
+# Machine, and docs/scaling.md says where they come from. An H200 computes as an H100.
 H100 = Machine(
     attention={1024: (541, 304), 2048: (648, 428), 4096: (709, 525), 8192: (739, 586), 16384: (735, 630)},
     experts={256: (369, 359), 1024: (543, 521), 2048: (529, 547)},
@@ -207,9 +208,10 @@ def _zero(
 ) -> tuple[float, float]:
     """(gradients, weights): milliseconds of a step that nothing hides.
 
-    DeepSpeed's way: stage 0 sums bf16 gradients and stage 1 float32 ones once a step, after the last backward; stage 2
-    reduces bf16 ones of every micro-batch beside the backward; stages 1 and 2 gather the weights after the update.
-    Stage 3 gathers in each pass, forward and backward, and reduces every micro-batch.
+    DeepSpeed's way: stages 0 to 2 sum bf16 gradients on all ranks (twice the bytes of reducing and scattering them), 0
+    and 1 once a step after the last backward, 2 for every micro-batch beside the backward. Stage 1 gathers the weights
+    after the update, stage 2 beside it (zero_step.py). Stage 3 gathers in each pass, forward and backward, and reduces
+    and scatters every micro-batch.
     """
     others, experts = parameters(model)
     layers, n = model.num_hidden_layers, layout.accumulation
@@ -226,7 +228,8 @@ def _zero(
     if layout.zero == 1:
         return 2 * once, once
     if layout.zero == 2:
-        return n * max(0.0, once - machine.hidden_share * backward), once
+        hidden = machine.hidden_share * _update(model, layout, machine)
+        return n * max(0.0, 2 * once - machine.hidden_share * backward), max(0.0, once - hidden)
     gathered = sum(_ring(machine, size, ranks, apart, 2 * layers) for size, ranks, apart in shares)
     in_forward = max(0.0, gathered - machine.hidden_share * forward)
     in_backward = max(0.0, 2 * gathered - machine.hidden_share * backward)
