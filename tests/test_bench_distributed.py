@@ -1,12 +1,13 @@
 """The parts of `bench distributed` that need no GPU."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from bench_worker import Job, act_as_rank, tiny_step
 from distributed.tiny import tiny_config
 
 from tilestack.bench import distributed
+from tilestack.bench.distributed_tables import distributed_block
 from tilestack.bench.ranks import on_ranks
 from tilestack.bench.results import Row
 
@@ -74,3 +75,27 @@ def test_both_implementations_run_on_two_ranks():
     jobs = [distributed.Job(name, case, 2) for name, case in cases]
     for job, result in on_ranks(jobs, tiny_step, 2, 100):
         assert not isinstance(result, str), f"{job}: {result}"
+
+
+def test_the_table_has_rates_failures_and_what_several_gpus_reach_of_one():
+    def step(case, implementation="tilestack", **numbers):
+        return asdict(Row("step", asdict(case), implementation, "step", **numbers))
+
+    rates = {"ms_median": 100.0, "peak_gib": 30.0}
+    alone, two = replace(TINY, gpus=1, zero=0, seqlen=4096), replace(TINY, seqlen=4096)
+    rows = [
+        step(alone, tflops=400.0, tokens_per_s=1000.0, **rates),
+        step(two, tflops=380.0, tokens_per_s=950.0, exposed_ms=2.0, idle_ms=1.0, **rates),
+        step(replace(two, zero=3), distributed.RIVAL, tflops=100.0, tokens_per_s=250.0, **rates),
+        step(replace(two, expert_parallel=2), error="rank 1: out | of\nmemory"),
+        asdict(Row("link", {"collective": "all_gather", "bytes": 1 << 28, "gpus": 2}, "nccl", "both", gbps=243.0)),
+        asdict(Row("failure", {"harm": "killed", "gpus": 2, "timeout_s": 8}, "tilestack", "step", ms_median=300.0)),
+        asdict(Row("failure", {"harm": "hangs", "gpus": 2, "timeout_s": 8}, "tilestack", "step", error="see the log")),
+    ]
+    versions = {"torch": "2.11.0", "transformers": "5.17.0", "deepspeed": "0.19.8"}
+    text = distributed_block({"device": "NVIDIA H100", "date": "2026-01-02", "versions": versions, "rows": rows})
+    assert "| 2 | 2 x 4,096 | ZeRO-2 | none | tilestack | 100.0 | 950 | 380 | 30.0 | 2.0 | 1.0 |" in text
+    assert "experts over 2 | none | tilestack | rank 1: out / of memory |" in text
+    assert "the best of each: 3.80 times" in text and "each of 2 reaches 95% of its TFLOP/s" in text
+    assert "of 256 MiB, GB/s: all_gather 243." in text
+    assert "had ended 0.3 s later" in text and "= 8 s: the check failed" in text
