@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tilestack.bench.results import FOLDER, read
 from tilestack.bench.step import qwen3_30b_a3b
-from tilestack.distributed.step_model import H100, Layout, Machine, step_time, tflops
+from tilestack.distributed.step_model import H100, Layout, Machine, interpolated, step_time, tflops
 from tilestack.models.flops import training_flops_per_token
 
 GLUE = ("norms and residuals", "q and k norm, rotary", "router")
@@ -71,11 +71,12 @@ def _tflops(layout: Layout, machine: Machine) -> float:
 
 def table(machine: Machine) -> str:
     """Both tables, below the rates that they come from."""
-    forward, backward = machine.attention[4096]
+    forward, backward = interpolated(machine.attention, 4096)
+    _, experts = interpolated(machine.experts, 1024)
     scales = " | ".join(f"{gpus} GPUs" for gpus in SCALES)
     lines = [
         f"Measured, a GPU: attention {forward:.0f} TFLOP/s forward and {backward:.0f} backward (4,096 tokens), experts "
-        f"{machine.experts[1024][1]:.0f} (1,024 rows each), projections {machine.projections:.0f}, LM head "
+        f"{experts:.0f} (1,024 rows each), projections {machine.projections:.0f}, LM head "
         f"{machine.head:.0f}; norms, rotary and router {machine.glue_ns:.0f} ns a token and layer; copies "
         f"{machine.copy:.0f} GB/s; {machine.node_link:.0f} GB/s received from another GPU of the node.",
         "",

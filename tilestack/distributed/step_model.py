@@ -62,10 +62,10 @@ class Machine:
 # Machine, and docs/scaling.md says where they come from. An H200 computes as an H100.
 H100 = Machine(
     attention={1024: (541, 304), 2048: (648, 428), 4096: (709, 525), 8192: (739, 586), 16384: (735, 630)},
-    experts={256: (369, 359), 1024: (543, 521), 2048: (529, 547)},
-    projections=722,
-    head=693,
-    glue_ns=68,
+    experts={256: (435, 417), 1024: (588, 576)},
+    projections=689,
+    head=673,
+    glue_ns=64,
     copy=3000,
 )
 
@@ -178,10 +178,10 @@ def _computation(model: PretrainedConfig, layout: Layout, machine: Machine) -> t
     hidden, heads, head_dim = model.hidden_size, model.num_attention_heads, model.head_dim
     rows = tokens * model.num_experts_per_tok * layout.expert_parallel / model.num_experts
     fewest = min(machine.experts)
-    rates = _interpolated(machine.experts, rows)
+    rates = interpolated(machine.experts, rows)
     experts_forward, experts_both = (rate * min(1.0, rows / fewest) for rate in rates)
     expert_flops = 2 * layers * tokens * model.num_experts_per_tok * 3 * hidden * model.moe_intermediate_size
-    attention_forward, attention_backward = _interpolated(machine.attention, layout.seqlen)
+    attention_forward, attention_backward = interpolated(machine.attention, layout.seqlen)
     attention_flops = 2 * layers * tokens * heads * head_dim * layout.seqlen
     projected = 2 * layers * tokens * hidden * head_dim * (2 * heads + 2 * model.num_key_value_heads)
     head = 2 * tokens * hidden * model.vocab_size
@@ -294,7 +294,8 @@ def _update(model: PretrainedConfig, layout: Layout, machine: Machine) -> float:
     return own * (layout.update_bytes / machine.host_update + 4 / machine.host_gpu) / 1e6
 
 
-def _interpolated(table: dict[int, tuple[float, float]], at: float) -> tuple[float, float]:
+def interpolated(table: dict[int, tuple[float, float]], at: float) -> tuple[float, float]:
+    """The two rates at a point between two measured ones; beyond them the last ones."""
     points = sorted(table)
     right = bisect.bisect_left(points, at)
     if right in (0, len(points)):
