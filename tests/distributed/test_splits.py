@@ -15,8 +15,8 @@ ALL = [
     for zero, experts, rows in itertools.product((0, 1, 2, 3), (1, 2, 4), (1, 2, 4))
     if experts == 1 or zero in (1, 2)
 ]
-# each pair of a stage and a split, and of the two splits, at least once; two processes have more of them
-QUICK = [(0, 1, 1), (3, 1, 1), (1, 4, 1), (2, 2, 1), (0, 1, 2), (1, 2, 2), (2, 4, 2), (2, 1, 4), (3, 1, 4), (1, 4, 4)]
+# every stage, number of ranks that share experts, and number that share rows; two processes have more
+QUICK = [(3, 1, 1), (1, 4, 1), (0, 1, 2), (2, 2, 2), (2, 4, 4), (3, 1, 4)]
 REST = [each for each in ALL if each not in QUICK]
 OF_THREE = [(2, 1, 1), (3, 1, 1)]
 
