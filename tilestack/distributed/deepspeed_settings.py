@@ -72,6 +72,7 @@ def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) ->
     ):  # gradients travel beside the backward pass, as DeepSpeed does by itself from ZeRO-3 on alone
         zero.setdefault("overlap_comm", True)
     settings.setdefault("steps_per_print", None)
+    settings.setdefault("timers", {"throughput": {"enabled": False}})  # they wait for the device
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     return settings
 

@@ -21,7 +21,18 @@ from tilestack.distributed.optimizer import AdamW
 
 
 class OnePassZeroOptimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's ZeRO 1 and 2 with another `step`. Gradients are the sum over the ranks, not their mean."""
+    """DeepSpeed's ZeRO 2 with another `step`. Gradients are the sum over the ranks, not their mean."""
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """After a backward pass. DeepSpeed waits for the device here, on the host; streams can wait for each other."""
+        overlaps = self.overlap_comm
+        if overlaps and self.bit16_groups_flat[0].is_cuda:
+            self.reduce_ipg_grads()
+            torch.cuda.current_stream().wait_stream(self.reduction_stream)
+            self._clear_previous_reduced_grads()
+            self.overlap_comm = False  # there is nothing left to reduce, and nothing to wait for
+        super().independent_gradient_partition_epilogue()
+        self.overlap_comm = overlaps
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -113,10 +124,10 @@ def update_in_one_pass(optimizer: Any) -> None:
 
 
 def bucket_elements(model: torch.nn.Module) -> int:
-    """What ZeRO 2 should reduce together: a layer of the model.
+    """What ZeRO 2 should reduce together: the weights of one module, the largest.
 
     Where the bucket is full, DeepSpeed makes the backward pass wait for the bucket before. A layer's experts come all
-    at once: a bucket that they overflow has it wait for what it has just begun to send.
+    at once: a bucket that overflows twice with them has it wait for what it has just begun to send. A larger one would
+    leave more to send after the backward pass.
     """
-    layers = [sum(each.numel() for each in layer.parameters()) for layer in model.model.layers]
-    return max([*layers, *(parameter.numel() for parameter in model.parameters())])
+    return max(sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
