@@ -8,16 +8,20 @@ from distributed.tiny import tiny_config
 
 from tilestack.bench import distributed
 from tilestack.bench.distributed_tables import distributed_block
-from tilestack.bench.ranks import on_ranks
+from tilestack.bench.ranks import Ranks, free_ports
 from tilestack.bench.results import Row
 
 TINY = distributed.Case(layers=2, batch=2, seqlen=16)
 
 
 def test_jobs_run_on_every_rank_and_a_rank_that_fails_costs_one_job():
-    jobs = [Job("ours", what) for what in ("fine", "raise", "die", "hang", "fine")]
-    results = [result for _, result in on_ranks(jobs, act_as_rank, 2, patience_s=5)]
+    group = Ranks(act_as_rank, 2, free_ports())
+    try:
+        results = [group.run(Job("ours", what), 5) for what in ("fine", "fine", "raise", "die", "hang", "fine")]
+    finally:
+        group.stop()
     assert results == [
+        ["0", "2"],
         ["0", "2"],
         "rank 1: RuntimeError: cannot",
         "rank 1: the process ended with exit code 7",
@@ -46,14 +50,14 @@ def test_ranks_have_different_rows_unless_they_share_them():
 
 
 def test_jobs_that_share_processes_agree_on_whether_ranks_share_rows():
-    groups = distributed.jobs_of(2, layers=4, large=8, repeats=10)
-    for group in groups:
-        timed = [job.case for job in group if job.kind == "step"]
-        assert len({case.sequence_parallel for case in timed}) == len({case.gpus for case in timed}) == 1
-    cases = [(job.implementation, job.case) for group in groups for job in group]
-    assert len(cases) == len(set(cases))
-    alone = next(case for _, case in cases if case.gpus == 1)
-    assert any(replace(case, gpus=1, zero=0) == alone for _, case in cases if case.gpus == 2), "the same step on both"
+    jobs = distributed.jobs_of(2, layers=4, large=8, repeats=10)
+    timed = [job for job in jobs if job.kind == "step"]
+    for place in {distributed.place_of(job) for job in timed}:
+        cases = [job.case for job in timed if distributed.place_of(job) == place]
+        assert len({case.sequence_parallel for case in cases}) == len({case.gpus for case in cases}) == 1
+    assert len({(job.implementation, job.case) for job in timed}) == len(timed)
+    first, second, *_ = timed
+    assert first.case == replace(second.case, gpus=1, zero=0), "the same step on one GPU and on both comes first"
 
 
 def test_a_step_on_one_process_is_timed_and_described():
@@ -73,8 +77,13 @@ def test_both_implementations_run_on_two_ranks():
         (distributed.RIVAL, replace(TINY, zero=3, checkpointing="full")),
     ]
     jobs = [distributed.Job(name, case, 2) for name, case in cases]
-    for job, result in on_ranks(jobs, tiny_step, 2, 100):
-        assert not isinstance(result, str), f"{job}: {result}"
+    group = Ranks(tiny_step, 2, free_ports(), distributed.import_all)
+    try:
+        for job in jobs:
+            result = group.run(job, 100)
+            assert not isinstance(result, str), f"{job}: {result}"
+    finally:
+        group.stop()
 
 
 def test_the_table_has_rates_failures_and_what_several_gpus_reach_of_one():

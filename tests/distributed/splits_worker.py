@@ -1,7 +1,7 @@
 """What torchrun starts for test_splits.py: two steps of the tiny model under one split after another.
 
-usage: splits_worker.py FILE SPLIT..., where a split is ZERO-EXPERTS-ROWS, such as 2-4-1. Rank 0 writes FILE: by split the losses
-of two steps, the gradient's norm, and the gradient of the first step, put together from what every rank keeps of it.
+usage: splits_worker.py FILE SPLIT..., where a split is ZERO-EXPERTS-ROWS, such as 2-4-1. Rank 0 writes FILE: by split
+the losses of two steps, the norm of the gradient, and the gradient of the first step, put together from all ranks.
 """
 
 import os
