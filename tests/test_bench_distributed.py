@@ -63,6 +63,7 @@ def test_jobs_that_share_processes_agree_on_whether_ranks_share_rows():
 def test_a_step_on_one_process_is_timed_and_described():
     (row,) = distributed.time_step(distributed.Job("tilestack", replace(TINY, gpus=1, zero=0), 2), tiny_config())
     assert row.ms_min <= row.ms_median <= row.ms_max
+    assert len(row.losses) == distributed.WARMUP
     assert row.tokens_per_s == pytest.approx(32 / row.ms_median * 1e3)
     assert "1 GPUs, 2 layers, 2 x 16, ZeRO-0" in distributed.describe(row)
     failed = Row("step", row.case, "tilestack", "step", error="full")
@@ -94,8 +95,8 @@ def test_the_table_has_rates_failures_and_what_several_gpus_reach_of_one():
     alone, two = replace(TINY, gpus=1, zero=0, seqlen=4096), replace(TINY, seqlen=4096)
     rows = [
         step(alone, tflops=400.0, tokens_per_s=1000.0, **rates),
-        step(two, tflops=380.0, tokens_per_s=950.0, exposed_ms=2.0, idle_ms=1.0, **rates),
-        step(replace(two, zero=3), distributed.RIVAL, tflops=100.0, tokens_per_s=250.0, **rates),
+        step(two, tflops=380.0, tokens_per_s=950.0, exposed_ms=2.0, idle_ms=1.0, losses=[9.5, 9.26], **rates),
+        step(replace(two, zero=3), distributed.RIVAL, tflops=100.0, tokens_per_s=250.0, losses=[9.5, 9.25], **rates),
         step(replace(two, expert_parallel=2), error="rank 1: out | of\nmemory"),
         asdict(Row("link", {"collective": "all_gather", "bytes": 1 << 28, "gpus": 2}, "nccl", "both", gbps=243.0)),
         asdict(Row("failure", {"harm": "killed", "gpus": 2, "timeout_s": 8}, "tilestack", "step", ms_median=300.0)),
@@ -106,5 +107,9 @@ def test_the_table_has_rates_failures_and_what_several_gpus_reach_of_one():
     assert "| 2 | 2 x 4,096 | ZeRO-2 | none | tilestack | 100.0 | 950 | 380 | 30.0 | 2.0 | 1.0 |" in text
     assert "experts over 2 | none | tilestack | rank 1: out / of memory |" in text
     assert "the best of each: 3.80 times" in text and "each of 2 reaches 95% of its TFLOP/s" in text
+    assert "Losses of the first steps, 2 layers, 2 x 4,096 a GPU" in text
+    assert (
+        "- transformers + DeepSpeed, ZeRO-3: 9.5000, 9.2500" in text and "- tilestack, ZeRO-2: 9.5000, 9.2600" in text
+    )
     assert "of 256 MiB, GB/s: all_gather 243." in text
     assert "had ended 0.3 s later" in text and "= 8 s: the check failed" in text

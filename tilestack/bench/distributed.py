@@ -36,7 +36,7 @@ from tilestack.distributed import DistributedConfig, Engine, OptimizerConfig, ma
 from tilestack.models import Recomputation
 from tilestack.models.flops import training_flops_per_token
 
-WARMUP = 3
+WARMUP = 4  # also the steps whose losses are kept
 MICRO_BATCHES = 4  # different ones, over and over
 PROFILED = 2
 PATIENCE_S = 100.0  # of one job, its compiling and its start included
@@ -197,11 +197,10 @@ def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> 
     batches = itertools.cycle(micro_batches(case, config.vocab_size, world.rank, world.device))
     clock = Clock(world.device)
     began = time.perf_counter()
-    train_step(next(batches))
+    losses = [train_step(next(batches))]
     clock.wait()
     cold_s = time.perf_counter() - began
-    for _ in range(WARMUP - 1):
-        train_step(next(batches))
+    losses += [train_step(next(batches)) for _ in range(WARMUP - 1)]
     clock.reset_peak()
     marks = []
     for _ in range(job.repeats):
@@ -215,7 +214,7 @@ def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> 
     row = Row(
         op="step", case=asdict(case), implementation=job.implementation, direction="step", ms_median=median,
         ms_min=min(times), ms_max=max(times), tflops=flops / median / 1e9, peak_gib=peak,
-        tokens_per_s=case.tokens / median * 1e3, cold_s=cold_s, **parts,
+        tokens_per_s=case.tokens / median * 1e3, cold_s=cold_s, losses=mean_over_ranks(losses), **parts,
     )  # fmt: skip
     return [row]
 
@@ -240,8 +239,20 @@ def micro_batches(case: Case, vocabulary: int, rank: int, device: torch.device) 
     return found
 
 
-def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Callable[[dict], None]:
-    """Our engine for the case."""
+def mean_over_ranks(losses: list[torch.Tensor]) -> list[float]:
+    """Of steps: each rank's, or already that of all."""
+    means = torch.stack(losses).float()
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return means.tolist()
+
+
+Step = Callable[[dict], torch.Tensor]
+
+
+def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Step:
+    """Our engine for the case; a step gives the loss of all ranks, without that of the routers."""
     from tilestack import Qwen3MoeForCausalLM
 
     torch.manual_seed(
@@ -250,11 +261,16 @@ def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Callabl
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
     engine: Engine = make_engine(model, OptimizerConfig(), case.distributed(), 1, case.checkpointing)
-    return lambda batch: engine.train_step([batch], LEARNING_RATE)
+
+    def train_step(batch: dict) -> torch.Tensor:
+        result = engine.train_step([batch], LEARNING_RATE)
+        return result.loss - config.router_aux_loss_coef * result.aux_loss
+
+    return train_step
 
 
-def with_plain_deepspeed(case: Case, config: transformers.PretrainedConfig) -> Callable[[dict], None]:
-    """transformers' model under DeepSpeed as its documentation sets it up for speed; dense batches."""
+def with_plain_deepspeed(case: Case, config: transformers.PretrainedConfig) -> Step:
+    """transformers' model under DeepSpeed as its documentation sets it up for speed; a step gives this rank's loss."""
     import deepspeed
 
     torch.manual_seed(0)
@@ -279,15 +295,17 @@ def with_plain_deepspeed(case: Case, config: transformers.PretrainedConfig) -> C
     }
     engine = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)[0]
 
-    def train_step(batch: dict) -> None:
+    def train_step(batch: dict) -> torch.Tensor:
         tokens = batch["input_ids"].view(case.batch, case.seqlen)
-        engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+        engine.backward(loss)
         engine.step()
+        return loss.detach()
 
     return train_step
 
 
-BUILDERS: dict[str, Callable[[Case, transformers.PretrainedConfig], Callable[[dict], None]]] = {
+BUILDERS: dict[str, Callable[[Case, transformers.PretrainedConfig], Step]] = {
     "tilestack": with_tilestack,
     RIVAL: with_plain_deepspeed,
 }

@@ -19,6 +19,7 @@ def distributed_block(run: dict) -> str:
         "",
         *_comparisons([row for row in steps if not row["error"]]),
     ]
+    lines += _losses([row for row in steps if row["losses"]])
     links = [row for row in run["rows"] if row["op"] == "link" and not row["error"]]
     if links:
         rates = ", ".join(f"{row['case']['collective']} {row['gbps']:.0f}" for row in links)
@@ -39,17 +40,38 @@ def _mib(link: dict) -> int:
 
 def _step(row: dict) -> str:
     case = row["case"]
-    shared = case["sequence_parallel"]
-    tokens = f"{case['batch']} x {case['seqlen']:,}" + (f" over {shared}" if shared > 1 else "")
-    split = [f"ZeRO-{case['zero']}"] if case["gpus"] > 1 else ["one GPU"]
-    split += [f"experts over {case['expert_parallel']}"] if case["expert_parallel"] > 1 else []
-    split += [f"rows over {shared}"] if shared > 1 else []
-    head = f"| {case['layers']} | {tokens} | {', '.join(split)} | {case['checkpointing']} | {row['implementation']} |"
+    tokens = f"{case['batch']} x {case['seqlen']:,}"
+    head = f"| {case['layers']} | {tokens} | {_split(case)} | {case['checkpointing']} | {row['implementation']} |"
     if row["error"]:
         return f"{head} {' '.join(row['error'].split()).replace('|', '/')[:80]} | | | | | |"
     times = " | ".join("" if row[name] is None else f"{row[name]:.1f}" for name in ("exposed_ms", "idle_ms"))
     rates = f"{row['ms_median']:.1f} | {row['tokens_per_s']:,.0f} | {row['tflops']:.0f} | {row['peak_gib']:.1f}"
     return f"{head} {rates} | {times} |"
+
+
+def _split(case: dict) -> str:
+    split = [f"ZeRO-{case['zero']}"] if case["gpus"] > 1 else ["one GPU"]
+    split += [f"experts over {case['expert_parallel']}"] if case["expert_parallel"] > 1 else []
+    split += [f"rows over {case['sequence_parallel']}"] if case["sequence_parallel"] > 1 else []
+    return ", ".join(split)
+
+
+def _losses(steps: list[dict]) -> list[str]:
+    """The first losses of the runs that begin with the same weights and see the same text, where there are several."""
+    found: dict[tuple, list[dict]] = {}
+    for row in steps:
+        case = row["case"]
+        found.setdefault(tuple(case[key] for key in ("layers", "batch", "seqlen", "gpus")), []).append(row)
+    lines = []
+    for (layers, batch, seqlen, _), rows in found.items():
+        if len(rows) > 1:
+            lines += ["", f"Losses of the first steps, {layers} layers, {batch} x {seqlen:,} a GPU, the same text:", ""]
+            lines += [f"- {row['implementation']}, {_split(row['case'])}: {_numbers(row['losses'])}" for row in rows]
+    return lines
+
+
+def _numbers(losses: list[float]) -> str:
+    return ", ".join(f"{loss:.4f}" for loss in losses)
 
 
 def _comparisons(steps: list[dict]) -> list[str]:
