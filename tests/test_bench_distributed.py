@@ -81,7 +81,7 @@ def test_both_implementations_run_on_two_ranks():
     group = Ranks(tiny_step, 2, free_ports(), distributed.import_all)
     try:
         for job in jobs:
-            result = group.run(job, 100)
+            result = group.run(job, 300)
             assert not isinstance(result, str), f"{job}: {result}"
     finally:
         group.stop()
