@@ -27,7 +27,11 @@ that neither sets; without --config, the preset for this machine (a file in conf
   python train.py --config configs/tiny-cpu.yaml --optimizer.lr 1e-4
   python train.py --data.source my.jsonl --model.path Qwen/Qwen3-30B-A3B
   python train.py --resume latest                              go on where the newest run stopped
-  torchrun --nproc-per-node 2 train.py --distributed.zero 2    several processes
+  torchrun --nproc-per-node 2 train.py --distributed.zero 2    several processes on this machine, one a GPU
+  torchrun --nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 train.py ...
+                                                               the same line on each of 4 nodes, HOST one of them
+  srun --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --kill-on-bad-exit=1 python train.py ...
+                                                               Slurm starts the processes, without torchrun
 """
 
 

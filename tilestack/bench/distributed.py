@@ -12,6 +12,7 @@ collectives ran, how much of that nothing hid, and how long the GPU had nothing 
 from __future__ import annotations
 
 import gc
+import importlib
 import itertools
 import os
 import statistics
@@ -26,7 +27,8 @@ import torch.distributed as dist
 import transformers
 
 from tilestack.app.trace.units import covered
-from tilestack.bench.ranks import on_ranks
+from tilestack.bench.failures import start_failures, time_failures
+from tilestack.bench.ranks import Ranks, free_ports
 from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.step import plain_transformers, qwen3_30b_a3b, zipf_tokens
 from tilestack.bench.timing import ceilings
@@ -34,7 +36,7 @@ from tilestack.distributed import DistributedConfig, Engine, OptimizerConfig, ma
 from tilestack.models import Recomputation
 from tilestack.models.flops import training_flops_per_token
 
-WARMUP = 3
+WARMUP = 4  # also the steps whose losses are kept
 MICRO_BATCHES = 4  # different ones, over and over
 PROFILED = 2
 PATIENCE_S = 100.0  # of one job, its compiling and its start included
@@ -77,7 +79,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Job:
-    """One measurement; kind: "step" or "links"."""
+    """One measurement; kind: "step", "links" or "failures"."""
 
     implementation: str
     case: Case
@@ -85,44 +87,36 @@ class Job:
     kind: str = "step"
 
 
-def jobs_of(gpus: int, layers: int, large: int, repeats: int) -> list[list[Job]]:
-    """What is measured, by group: the jobs of a group share their processes, one after the other.
+def jobs_of(gpus: int, layers: int, large: int, repeats: int) -> list[Job]:
+    """What is measured, what matters most first: a run may be stopped at a time limit.
 
-    layers: of the small model, which one GPU trains too; large: of the one that needs them all. DeepSpeed learns once a
-    process whether ranks share rows, so that such cases have a group of their own.
+    layers: of the small model, which one GPU trains too; large: of the one that needs them all.
     """
     small, big = Case(layers=layers, gpus=gpus), Case(layers=large, gpus=gpus)
-    long = replace(small, batch=1, zero=3, sequence_parallel=gpus, checkpointing="full")
-    ours = [
-        replace(small, zero=2),
-        replace(small, zero=2, expert_parallel=gpus),
-        replace(small, zero=1),
-        replace(small, zero=3),
-        replace(small, zero=2, checkpointing="full"),
-        replace(big, zero=2, expert_parallel=gpus, batch=2),
-        replace(big, zero=3, batch=4, checkpointing="selective"),
-    ]
-    plain = [
-        replace(small, zero=2, batch=2),
-        replace(small, zero=2, batch=4, checkpointing="full"),
-        replace(small, zero=3, batch=4, checkpointing="full"),
-        replace(big, zero=3, batch=2, checkpointing="full"),
-        replace(big, zero=2, batch=2, checkpointing="full"),
-        replace(small, zero=2, batch=4),
-    ]
-    rows = [replace(long, seqlen=length) for length in (32768, 65536)]
-    alone = replace(small, gpus=1, zero=0)
+    rows = replace(small, batch=1, zero=3, sequence_parallel=gpus, checkpointing="full")
     links = Job("nccl", Case(layers=0, batch=0, seqlen=0, gpus=gpus), 10, "links")
-
-    def timed(name: str, cases: list[Case]) -> list[Job]:
-        return [Job(name, case, repeats) for case in cases]
-
-    return [
-        timed("tilestack", [alone]),
-        [links, *timed("tilestack", ours)],
-        timed(RIVAL, plain),
-        timed("tilestack", rows),
+    steps = [
+        ("tilestack", replace(small, gpus=1, zero=0)),
+        ("tilestack", replace(small, zero=2)),
+        (RIVAL, replace(small, zero=2, batch=2)),
+        (RIVAL, replace(small, zero=2, checkpointing="full")),
+        ("tilestack", replace(big, zero=2, batch=3)),
+        (RIVAL, replace(big, zero=2, batch=2, checkpointing="full")),
+        ("tilestack", replace(small, zero=2, expert_parallel=gpus)),
+        ("tilestack", replace(rows, seqlen=65536)),
+        ("tilestack", replace(small, zero=3)),
+        (RIVAL, replace(big, zero=3, batch=2, checkpointing="full")),
+        ("tilestack", replace(big, zero=3, batch=4, checkpointing="selective")),
+        ("tilestack", replace(rows, seqlen=32768)),
+        ("tilestack", replace(small, zero=1)),
+        ("tilestack", replace(big, zero=2, batch=2, expert_parallel=gpus)),
+        (RIVAL, replace(small, zero=3, checkpointing="full")),
+        ("tilestack", replace(small, zero=2, checkpointing="full")),
+        (RIVAL, replace(small, zero=2)),
     ]
+    jobs = [Job(name, case, repeats) for name, case in steps]
+    failures = Job("tilestack", Case(layers=0, batch=0, seqlen=0, gpus=gpus), 1, "failures")
+    return [*jobs[:2], links, *jobs[2:7], failures, *jobs[7:]]
 
 
 def run(gpus: int, layers: int, large: int, repeats: int, only: list[str] | None, folder: Path = FOLDER) -> Path:
@@ -132,18 +126,45 @@ def run(gpus: int, layers: int, large: int, repeats: int, only: list[str] | None
     """
     if gpus > torch.cuda.device_count():
         raise ValueError(f"bench distributed: gpus = {gpus}, but this machine has {torch.cuda.device_count()}")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # for the ranks
+    jobs = [job for job in jobs_of(gpus, layers, large, repeats) if not only or job.implementation in only]
+    ports = free_ports()
+    groups = {place: Ranks(work, place[0], ports, import_all) for place in dict.fromkeys(map(place_of, jobs))}
+    harms = start_failures(gpus, ports)
     limits = ceilings()
     torch.cuda.empty_cache()
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # for the ranks
     print(f"ceilings: {limits}", flush=True)
     recorder = Recorder("distributed", limits, folder, describe)
-    for group in jobs_of(gpus, layers, large, repeats):
-        wanted = [job for job in group if not only or job.implementation in only]
-        for job, result in on_ranks(wanted, work, wanted[0].case.gpus if wanted else 0, PATIENCE_S):
+    try:
+        for job in jobs:
+            if job.kind == "failures":
+                result: list | str = time_failures(gpus, harms)
+            else:
+                result = groups[place_of(job)].run(job, PATIENCE_S)
             failed = Row(job.kind, asdict(job.case), job.implementation, "step", error=result)
             for row in [failed] if isinstance(result, str) else result:
                 recorder.add(row)
+    finally:
+        for group in groups.values():
+            group.stop()
+        for process in itertools.chain.from_iterable(harms.values()):
+            process.kill()
     return recorder.finish()
+
+
+def place_of(job: Job) -> tuple[int, str, bool]:
+    """What jobs that share processes have in common: so many ranks, who runs them, and whether they share rows.
+
+    DeepSpeed learns once a process whether ranks share rows.
+    """
+    rival = RIVAL if job.implementation == RIVAL else "tilestack"
+    return job.case.gpus, rival, job.case.sequence_parallel > 1
+
+
+def import_all() -> None:
+    """What a rank needs, before its turn: the groups start together and are measured one after the other."""
+    importlib.import_module("deepspeed")
+    importlib.import_module("tilestack.distributed.deepspeed_engine")
 
 
 def work(job: Job) -> list[Row]:
@@ -176,11 +197,10 @@ def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> 
     batches = itertools.cycle(micro_batches(case, config.vocab_size, world.rank, world.device))
     clock = Clock(world.device)
     began = time.perf_counter()
-    train_step(next(batches))
+    losses = [train_step(next(batches))]
     clock.wait()
     cold_s = time.perf_counter() - began
-    for _ in range(WARMUP - 1):
-        train_step(next(batches))
+    losses += [train_step(next(batches)) for _ in range(WARMUP - 1)]
     clock.reset_peak()
     marks = []
     for _ in range(job.repeats):
@@ -194,7 +214,7 @@ def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> 
     row = Row(
         op="step", case=asdict(case), implementation=job.implementation, direction="step", ms_median=median,
         ms_min=min(times), ms_max=max(times), tflops=flops / median / 1e9, peak_gib=peak,
-        tokens_per_s=case.tokens / median * 1e3, cold_s=cold_s, **parts,
+        tokens_per_s=case.tokens / median * 1e3, cold_s=cold_s, losses=mean_over_ranks(losses), **parts,
     )  # fmt: skip
     return [row]
 
@@ -219,17 +239,38 @@ def micro_batches(case: Case, vocabulary: int, rank: int, device: torch.device) 
     return found
 
 
-def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Callable[[dict], None]:
-    """Our engine for the case."""
-    from tilestack.models import drawn
+def mean_over_ranks(losses: list[torch.Tensor]) -> list[float]:
+    """Of steps: each rank's, or already that of all."""
+    means = torch.stack(losses).float()
+    if dist.is_initialized():
+        dist.all_reduce(means)
+        means /= dist.get_world_size()
+    return means.tolist()
 
-    model, weights = drawn(config, torch.bfloat16, seed=0)  # each rank draws what it keeps
-    engine: Engine = make_engine(model, OptimizerConfig(), case.distributed(), 1, case.checkpointing, weights=weights)
-    return lambda batch: engine.train_step([batch], LEARNING_RATE)
+
+Step = Callable[[dict], torch.Tensor]
 
 
-def with_plain_deepspeed(case: Case, config: transformers.PretrainedConfig) -> Callable[[dict], None]:
-    """transformers' model under DeepSpeed as its documentation sets it up for speed; dense batches."""
+def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Step:
+    """Our engine for the case; a step gives the loss of all ranks, without that of the routers."""
+    from tilestack import Qwen3MoeForCausalLM
+
+    torch.manual_seed(
+        0
+    )  # drawn on the device, whole: `drawn`, which a training uses, takes the host half a minute here
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    engine: Engine = make_engine(model, OptimizerConfig(), case.distributed(), 1, case.checkpointing)
+
+    def train_step(batch: dict) -> torch.Tensor:
+        result = engine.train_step([batch], LEARNING_RATE)
+        return result.loss - config.router_aux_loss_coef * result.aux_loss
+
+    return train_step
+
+
+def with_plain_deepspeed(case: Case, config: transformers.PretrainedConfig) -> Step:
+    """transformers' model under DeepSpeed as its documentation sets it up for speed; a step gives this rank's loss."""
     import deepspeed
 
     torch.manual_seed(0)
@@ -254,15 +295,17 @@ def with_plain_deepspeed(case: Case, config: transformers.PretrainedConfig) -> C
     }
     engine = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)[0]
 
-    def train_step(batch: dict) -> None:
+    def train_step(batch: dict) -> torch.Tensor:
         tokens = batch["input_ids"].view(case.batch, case.seqlen)
-        engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        loss = engine(input_ids=tokens, labels=tokens, use_cache=False).loss
+        engine.backward(loss)
         engine.step()
+        return loss.detach()
 
     return train_step
 
 
-BUILDERS: dict[str, Callable[[Case, transformers.PretrainedConfig], Callable[[dict], None]]] = {
+BUILDERS: dict[str, Callable[[Case, transformers.PretrainedConfig], Step]] = {
     "tilestack": with_tilestack,
     RIVAL: with_plain_deepspeed,
 }
@@ -380,6 +423,9 @@ def describe(row: Row) -> str:
     if row.op == "link":
         return f"{row.case['collective']:>15}: {row.gbps:.0f} GB/s"
     case = row.case
+    if row.op == "failure":
+        took = "never ended" if row.ms_median is None else f"{row.ms_median / 1e3:.1f} s until all had ended"
+        return f"{'a rank ' + case['harm']:>15}: {took}" + (f": {row.error}" if row.error else "")
     what = f"{row.implementation:25} {case['gpus']} GPUs, {case['layers']} layers, {case['batch']} x {case['seqlen']}, "
     what += f"ZeRO-{case['zero']}, experts / {case['expert_parallel']}, rows / {case['sequence_parallel']}, "
     what += f"checkpointing {case['checkpointing']}"

@@ -2,105 +2,113 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
-from typing import TypeVar
+from typing import Any
 
-J = TypeVar("J")
-Work = Callable[[J], list]
+Work = Callable[[Any], list]
 GRACE_S = 5.0  # for the other ranks, after one has failed
+PORT = 29650  # of the first group; each group has its own
 
 
-def on_ranks(jobs: Sequence[J], work: Work, ranks: int, patience_s: float) -> Iterator[tuple[J, list | str]]:
-    """Run `work(job)` on every rank for every job, in the variables that torchrun would set.
+class Ranks:
+    """Processes that run `work(job)` side by side, in the variables that torchrun would set; they start at once.
 
-    jobs: picklable. work: a function of a module, so that a child can import it. patience_s: of one job, on all ranks.
+    work, prepare: functions of a module, so that a child can import them; prepare is called before the first job, to
+        import what takes long while another group is measured. ports: free ones, one for each start.
 
-    Yields each job with what rank 0 returned, or with what went wrong on the first rank that failed. After a failure
-    the other ranks may wait for ever in a collective: all processes are replaced.
+    After a failure the ranks that are left may wait for ever in a collective: all are replaced when the next job comes.
     """
-    left = list(jobs)
-    while left:
-        group = _Group(left, work, ranks)
-        try:
-            while left and group.usable:
-                job = left.pop(0)
-                yield job, group.next_result(patience_s)
-        finally:
-            group.kill()
 
+    def __init__(self, work: Work, ranks: int, ports: Iterator[int], prepare: Callable[[], None] | None = None):
+        self.ranks, self._arguments, self._ports = ranks, (work, prepare), ports
+        self._processes: list = []
+        self._pipes: list[Connection] = []
+        self._start()
 
-class _Group:
-    def __init__(self, jobs: Sequence[J], work: Work, ranks: int):
-        context = multiprocessing.get_context("spawn")
-        port = _free_port()
-        self._processes, self._receivers = [], []
-        for rank in range(ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(list(jobs), work, rank, ranks, port, sender), daemon=True)
-            process.start()
-            sender.close()
-            self._processes.append(process)
-            self._receivers.append(receiver)
-        self.usable = True
-
-    def next_result(self, patience_s: float) -> list | str:
-        """The result of the next job; afterwards `usable` says whether more may follow."""
+    def run(self, job: Any, patience_s: float) -> list | str:
+        """What rank 0 returns, or what went wrong on the first rank that failed. patience_s: of all ranks."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):  # its end is found below
+                pipe.send(job)
         results: dict[int, list | str] = {}
         deadline = time.monotonic() + patience_s
-        while len(results) < len(self._receivers):
-            waiting = {r: rank for rank, r in enumerate(self._receivers) if rank not in results}
+        while len(results) < self.ranks:
+            waiting = {pipe: rank for rank, pipe in enumerate(self._pipes) if rank not in results}
             ready = wait(waiting, max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for receiver in ready:
-                rank = waiting[receiver]
+            for pipe in ready:
+                rank = waiting[pipe]
                 results[rank] = self._receive(rank)
                 if isinstance(results[rank], str):
                     deadline = min(deadline, time.monotonic() + GRACE_S)
         failures = [f"rank {rank}: {each}" for rank, each in sorted(results.items()) if isinstance(each, str)]
-        silent = [rank for rank in range(len(self._receivers)) if rank not in results]
+        silent = [rank for rank in range(self.ranks) if rank not in results]
         if silent and not failures:
             failures = [f"rank {silent[0]}: no answer within {patience_s:.0f} s"]
-        self.usable = not failures
+        if failures:
+            self.stop()
         return failures[0] if failures else results[0]
 
-    def _receive(self, rank: int) -> list | str:
-        try:
-            return self._receivers[rank].recv()
-        except EOFError:
-            self._processes[rank].join(GRACE_S)
-            return f"the process ended with exit code {self._processes[rank].exitcode}"
-
-    def kill(self) -> None:
+    def stop(self) -> None:
+        """End the processes."""
         for process in self._processes:
             process.kill()
         for process in self._processes:
             process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context, port = multiprocessing.get_context("spawn"), next(self._ports)
+        for rank in range(self.ranks):
+            ours, theirs = context.Pipe()
+            arguments = (*self._arguments, rank, self.ranks, port, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+    def _receive(self, rank: int) -> list | str:
+        try:
+            return self._pipes[rank].recv()
+        except (EOFError, ConnectionResetError):
+            self._processes[rank].join(GRACE_S)
+            return f"the process ended with exit code {self._processes[rank].exitcode}"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_ports() -> Iterator[int]:
+    """Ports that nobody listens at, none of them twice."""
+    for port in range(PORT, 65536):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                yield port
 
 
-def _serve(jobs: list, work: Work, rank: int, ranks: int, port: int, sender: Connection) -> None:
+def _serve(work: Work, prepare: Callable | None, rank: int, ranks: int, port: int, pipe: Connection) -> None:
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    for job in jobs:
+    if prepare is not None:
+        prepare()
+    while True:
+        try:
+            job = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
         try:
             result: list | str = work(job)
         except Exception as failure:  # whatever a rival raises is its row
             traceback.print_exc()
             result = f"{type(failure).__name__}: {failure}"[:300]
-        sender.send(result)
-        if isinstance(result, str):
-            return
+        pipe.send(result)

@@ -1,16 +1,109 @@
-"""docs/scaling.md: the model of a step on many GPUs, with the rates that the result files have."""
+"""The tables of docs/scaling.md: the model of a step on many GPUs, with the rates that the result files have."""
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 from tilestack.bench.results import FOLDER, read
 from tilestack.bench.step import qwen3_30b_a3b
-from tilestack.distributed.step_model import H100, Machine
+from tilestack.distributed.step_model import H100, Layout, Machine, interpolated, step_time, tflops
 from tilestack.models.flops import training_flops_per_token
 
 GLUE = ("norms and residuals", "q and k norm, rotary", "router")
+SCALES = (8, 64, 512)
+EFFICIENT = 0.8  # of what a GPU does on the fewest: below that a configuration has stopped scaling
+MOST = 4096
+FULL = qwen3_30b_a3b(48)
+STEP_TOKENS = 1 << 22  # of the whole step, where the batch is fixed: 1,024 sequences of 4,096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration whose split stays as it is while GPUs are added: they add data."""
+
+    name: str
+    layout: Layout
+
+    def at(self, gpus: int) -> Layout:
+        """With so many GPUs, each with as much work."""
+        return dataclasses.replace(self.layout, gpus=gpus)
+
+    def with_fixed_step(self, gpus: int) -> Layout | None:
+        """With STEP_TOKENS a step: fewer micro-batches, then smaller ones; None below one sequence."""
+        own = STEP_TOKENS * self.layout.sequence_parallel // gpus
+        tokens = min(own, self.layout.micro_batch_tokens)
+        if tokens < self.layout.seqlen:
+            return None
+        return dataclasses.replace(self.layout, gpus=gpus, micro_batch_tokens=tokens, accumulation=own // tokens)
+
+
+_ROWS = {"micro_batch_tokens": 4 * 4096, "seqlen": 4096}
+PLANS = (
+    Plan("ZeRO-3", Layout(zero=3, checkpointing="full", **_ROWS)),
+    Plan("ZeRO-2, experts over 8", Layout(zero=2, expert_parallel=8, checkpointing="full", **_ROWS)),
+    Plan(
+        "ZeRO-1, experts over 8, 4 micro-batches",
+        Layout(zero=1, expert_parallel=8, checkpointing="full", accumulation=4, **_ROWS),
+    ),
+    Plan(
+        "ZeRO-3, rows of 131,072 over 8",
+        Layout(zero=3, sequence_parallel=8, checkpointing="full", micro_batch_tokens=131072, seqlen=131072),
+    ),
+)
+
+
+def stops_at(plan: Plan, machine: Machine) -> int | None:
+    """The fewest GPUs, a power of two, on which each does less than EFFICIENT of what it does on 8; None up to MOST."""
+    best, gpus = _tflops(plan.at(SCALES[0]), machine), 2 * SCALES[0]
+    while gpus <= MOST:
+        if _tflops(plan.at(gpus), machine) < EFFICIENT * best:
+            return gpus
+        gpus *= 2
+    return None
+
+
+def _tflops(layout: Layout, machine: Machine) -> float:
+    return tflops(FULL, layout, step_time(FULL, layout, machine))
+
+
+def table(machine: Machine) -> str:
+    """Both tables, below the rates that they come from."""
+    forward, backward = interpolated(machine.attention, 4096)
+    _, experts = interpolated(machine.experts, 1024)
+    scales = " | ".join(f"{gpus} GPUs" for gpus in SCALES)
+    lines = [
+        f"Measured, a GPU: attention {forward:.0f} TFLOP/s forward and {backward:.0f} backward (4,096 tokens), experts "
+        f"{experts:.0f} (1,024 rows each), projections {machine.projections:.0f}, LM head "
+        f"{machine.head:.0f}; norms, rotary and router {machine.glue_ns:.0f} ns a token and layer; copies "
+        f"{machine.copy:.0f} GB/s; {machine.node_link:.0f} GB/s received from another GPU of the node.",
+        "",
+        f"Assumed: {machine.network:.0f} GB/s a GPU between nodes of {machine.gpus_per_node}, a hop of "
+        f"{machine.node_hop:.0f} us inside a node and {machine.network_hop:.0f} us between nodes, "
+        f"{machine.host_wait:.0f} us lost where the host waits for sizes, {machine.hidden_share:.0%} of a pass can "
+        "hide what is sent beside it.",
+        "",
+        f"| each GPU with the same work | {scales} | less than {EFFICIENT:.0%} of 8 GPUs' rate |",
+        "|---" * (len(SCALES) + 2) + "|",
+    ]
+    for plan in PLANS:
+        stop = stops_at(plan, machine)
+        cells = [_cell(plan.at(gpus), machine) for gpus in SCALES]
+        lines.append(f"| {plan.name} | {' | '.join(cells)} | {f'from {stop:,} GPUs' if stop else 'not in sight'} |")
+    head = f"| {STEP_TOKENS:,} tokens a step on all GPUs | {scales} |"
+    lines += ["", head, "|---" * (len(SCALES) + 1) + "|"]
+    for plan in PLANS:
+        layouts = [plan.with_fixed_step(gpus) for gpus in SCALES]
+        cells = ["not enough for a row each" if each is None else _cell(each, machine) for each in layouts]
+        lines.append(f"| {plan.name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(layout: Layout, machine: Machine) -> str:
+    time = step_time(FULL, layout, machine)
+    return f"{tflops(FULL, layout, time):.0f} ({time.communication / time.total:.0%})"
 
 
 def measured(folder: Path = FOLDER) -> Machine:
@@ -22,6 +115,7 @@ def measured(folder: Path = FOLDER) -> Machine:
         attention=_attention(attention["rows"]),
         experts=_experts(moe["rows"]),
         copy=attention["ceilings"]["copy_gbps"],
+        node_link=_link(folder / "distributed" / "2xH100.json"),
         **_of_the_trace(read(folder / "trace" / "1xH100.json")),
     )
 
@@ -49,6 +143,12 @@ def _experts(rows: list[dict]) -> dict[int, tuple[float, float]]:
         if row["implementation"] == "tilestack" and case["routing"] == "random" and row["tflops"]:
             found.setdefault(case["tokens"] * case["top_k"] // case["experts"], {})[row["direction"]] = row["tflops"]
     return {count: (each["forward"], each["both"]) for count, each in found.items() if {"forward", "both"} <= {*each}}
+
+
+def _link(path: Path) -> float:
+    """What a GPU receives from another in a collective: the mean over its kinds; the rounded one without a file."""
+    found = [row["gbps"] for row in read(path)["rows"] if row["op"] == "link"] if path.exists() else []
+    return statistics.mean(found) if found else H100.node_link
 
 
 def _of_the_trace(run: dict) -> dict[str, float]:

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from tilestack.bench.distributed_tables import distributed_block
 from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
 from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table
 from tilestack.bench.results import FOLDER, ROOT, read
@@ -329,6 +330,18 @@ def equality_table() -> str:
     return "\n".join(map(block, _runs("equality"))) or "Not run yet.\n"
 
 
+def distributed_table() -> str:
+    """Whole steps on several GPUs, a table for each machine."""
+    return "\n".join(map(distributed_block, _runs("distributed"))) or "Not measured yet.\n"
+
+
+def scaling_table() -> str:
+    """The step on many GPUs, as the model of it says."""
+    from tilestack.bench.scaling import measured, table
+
+    return table(measured())
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
     "losses": losses_table,
@@ -345,4 +358,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan": lambda: _each_run("plan", plan_block),
     "planned": planned_table,
     "adamw": lambda: _each_run("adamw", adamw_block),
+    "distributed": distributed_table,
+    "scaling": scaling_table,
 }

@@ -38,6 +38,7 @@ from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.distributed.zero3_loading import materialise_parts
 from tilestack.distributed.zero_pieces import OptimizerState, update_weights_in_place
+from tilestack.distributed.zero_step import OnePassZeroOptimizer, bucket_elements, update_in_one_pass
 from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
 from tilestack.models.export import Part, write_model
 
@@ -111,6 +112,8 @@ class DeepSpeedEngine:
             materialise_parts(model, weights, settings, self.device)
         elif weights is not None:
             materialise(model, weights, self.device, self._begins())
+        if self.stage == 2:
+            settings["zero_optimization"].setdefault("reduce_bucket_size", bucket_elements(model))
         groups = parameter_groups(model, optimizer.weight_decay)
         if self.stage == 2:
             groups = [part for group in groups for part in _divided(group, self._ranks_of(group))]
@@ -125,6 +128,7 @@ class DeepSpeedEngine:
             self.engine.optimizer.mpu = None  # it would take ranks that share rows for ranks that share weights
         if self.stage in (1, 2) and not optimizer.master_weights and dtype == torch.bfloat16:
             update_weights_in_place(self.engine.optimizer)
+        update_in_one_pass(self.engine.optimizer)
         if self.stage == 0:
             self._state().restart()  # in bfloat16 DeepSpeed's wrapper has made an update of nothing
         restore_rotary_frequencies(model)  # zero.Init and DeepSpeed's model.bfloat16() round them to bfloat16
@@ -160,6 +164,8 @@ class DeepSpeedEngine:
 
         But ZeRO-3, where it scatters while it reduces (as it does unless told otherwise), divides by all ranks.
         """
+        if isinstance(self.engine.optimizer, OnePassZeroOptimizer):
+            return 1
         if self.sequence is None or (self.stage == 3 and self.engine.zero_reduce_scatter()):
             return self.world_size
         return self.world_size // self.sequence.ranks

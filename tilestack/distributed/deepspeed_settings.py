@@ -67,7 +67,12 @@ def construction_settings(distributed: DistributedConfig, dtype: torch.dtype) ->
     _agree(settings, ("bf16", "enabled"), dtype == torch.bfloat16)
     if dtype == torch.bfloat16:
         settings["bf16"].setdefault("check_grad_overflow", True)
+    if (
+        zero["stage"] == 2
+    ):  # gradients travel beside the backward pass, as DeepSpeed does by itself from ZeRO-3 on alone
+        zero.setdefault("overlap_comm", True)
     settings.setdefault("steps_per_print", None)
+    settings.setdefault("timers", {"throughput": {"enabled": False}})  # they wait for the device
     settings.setdefault("train_micro_batch_size_per_gpu", 1)
     return settings
 

@@ -72,22 +72,41 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """One update of all parameters that have a gradient."""
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.start(parameter)
-                state["step"] += 1
-                moments = {name: each for name, each in state.items() if isinstance(each, torch.Tensor)}
-                adamw(
-                    parameter,
-                    parameter.grad,
-                    **moments,
-                    step=state["step"],
-                    lr=group["lr"],
-                    beta1=beta1,
-                    beta2=beta2,
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    seed=state["seed"],
-                )
+                if parameter.grad is not None:
+                    self.update(group, parameter, parameter.grad)
+
+    def update(
+        self,
+        group: dict[str, Any],
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        grad_scale: torch.Tensor | None = None,
+    ) -> None:
+        """One update of one parameter of a group.
+
+        weights: where the new value goes too, in the model's precision. grad_scale: multiplies the gradient; where it
+            is NaN, nothing changes.
+        """
+        state = self.start(parameter)
+        state["step"] += 1
+        moments = {name: each for name, each in state.items() if isinstance(each, torch.Tensor)}
+        together = weights is not None and weights.dtype != parameter.dtype  # written by the same kernel
+        beta1, beta2 = group["betas"]
+        adamw(
+            weights if together else parameter,
+            gradient,
+            **moments,
+            master=parameter if together else None,
+            step=state["step"],
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            grad_scale=grad_scale,
+            seed=state["seed"],
+        )
+        if weights is not None and not together and weights.data_ptr() != parameter.data_ptr():
+            weights.copy_(parameter)

@@ -49,7 +49,7 @@ class Machine:
     host_gpu: float = 50.0
     host_update: float = 40.0
     gpus_per_node: int = 8
-    node_link: float = 360.0
+    node_link: float = 270.0
     network: float = 45.0
     node_hop: float = 3.0
     network_hop: float = 10.0
@@ -57,14 +57,15 @@ class Machine:
     hidden_share: float = 0.8
 
 
-# Rounded from bench/results (attention, moe and trace of 1xH100.json); tests/distributed/test_step_model.py compares.
-# Links: the defaults of Machine; docs/scaling.md says where they come from. An H200 computes as an H100.
+# Rounded from bench/results (1xH100.json of attention, moe and trace); tests/distributed/test_step_model.py compares.
+# The links inside a node too, measured between two GPUs; the other links and the latencies are assumed: the defaults of
+# Machine, and docs/scaling.md says where they come from. An H200 computes as an H100.
 H100 = Machine(
     attention={1024: (541, 304), 2048: (648, 428), 4096: (709, 525), 8192: (739, 586), 16384: (735, 630)},
-    experts={256: (369, 359), 1024: (543, 521), 2048: (529, 547)},
-    projections=722,
-    head=693,
-    glue_ns=68,
+    experts={256: (435, 417), 1024: (588, 576)},
+    projections=689,
+    head=673,
+    glue_ns=64,
     copy=3000,
 )
 
@@ -177,10 +178,10 @@ def _computation(model: PretrainedConfig, layout: Layout, machine: Machine) -> t
     hidden, heads, head_dim = model.hidden_size, model.num_attention_heads, model.head_dim
     rows = tokens * model.num_experts_per_tok * layout.expert_parallel / model.num_experts
     fewest = min(machine.experts)
-    rates = _interpolated(machine.experts, rows)
+    rates = interpolated(machine.experts, rows)
     experts_forward, experts_both = (rate * min(1.0, rows / fewest) for rate in rates)
     expert_flops = 2 * layers * tokens * model.num_experts_per_tok * 3 * hidden * model.moe_intermediate_size
-    attention_forward, attention_backward = _interpolated(machine.attention, layout.seqlen)
+    attention_forward, attention_backward = interpolated(machine.attention, layout.seqlen)
     attention_flops = 2 * layers * tokens * heads * head_dim * layout.seqlen
     projected = 2 * layers * tokens * hidden * head_dim * (2 * heads + 2 * model.num_key_value_heads)
     head = 2 * tokens * hidden * model.vocab_size
@@ -207,9 +208,10 @@ def _zero(
 ) -> tuple[float, float]:
     """(gradients, weights): milliseconds of a step that nothing hides.
 
-    DeepSpeed's way: stage 0 sums bf16 gradients and stage 1 float32 ones once a step, after the last backward; stage 2
-    reduces bf16 ones of every micro-batch beside the backward; stages 1 and 2 gather the weights after the update.
-    Stage 3 gathers in each pass, forward and backward, and reduces every micro-batch.
+    DeepSpeed's way: stages 0 to 2 sum bf16 gradients on all ranks (twice the bytes of reducing and scattering them), 0
+    and 1 once a step after the last backward, 2 for every micro-batch beside the backward. Stage 1 gathers the weights
+    after the update, stage 2 beside it (zero_step.py). Stage 3 gathers in each pass, forward and backward, and reduces
+    and scatters every micro-batch.
     """
     others, experts = parameters(model)
     layers, n = model.num_hidden_layers, layout.accumulation
@@ -226,7 +228,8 @@ def _zero(
     if layout.zero == 1:
         return 2 * once, once
     if layout.zero == 2:
-        return n * max(0.0, once - machine.hidden_share * backward), once
+        hidden = machine.hidden_share * _update(model, layout, machine)
+        return n * max(0.0, 2 * once - machine.hidden_share * backward), max(0.0, once - hidden)
     gathered = sum(_ring(machine, size, ranks, apart, 2 * layers) for size, ranks, apart in shares)
     in_forward = max(0.0, gathered - machine.hidden_share * forward)
     in_backward = max(0.0, 2 * gathered - machine.hidden_share * backward)
@@ -291,7 +294,8 @@ def _update(model: PretrainedConfig, layout: Layout, machine: Machine) -> float:
     return own * (layout.update_bytes / machine.host_update + 4 / machine.host_gpu) / 1e6
 
 
-def _interpolated(table: dict[int, tuple[float, float]], at: float) -> tuple[float, float]:
+def interpolated(table: dict[int, tuple[float, float]], at: float) -> tuple[float, float]:
+    """The two rates at a point between two measured ones; beyond them the last ones."""
     points = sorted(table)
     right = bisect.bisect_left(points, at)
     if right in (0, len(points)):
