@@ -46,7 +46,7 @@ def test_the_parts_share_the_seeds_and_a_run_that_is_stopped_says_what_it_did_no
 
     def collect(seeds, *_):
         mine = list(seeds)
-        if 130 in mine:
+        if 270 in mine:
             raise KeyboardInterrupt
         seen.extend(mine)
         return random_attention.Report(random_attention.Counter(ours=len(mine)))
@@ -55,7 +55,11 @@ def test_the_parts_share_the_seeds_and_a_run_that_is_stopped_says_what_it_did_no
     with pytest.raises(KeyboardInterrupt):
         random_attention.main(["--first", "100", "--cases", "200", "--record", str(record)])
     found = json.loads(record.read_text())
-    assert found["calls"]["ours"] == len(seen) and found["not_reached"] == 200 - len(seen)
+    assert 0 < found["calls"]["ours"] == len(seen) and found["not_reached"] == 200 - len(seen)
+    assert all(
+        len({seed % random_attention.N_VARIANTS for seed in each}) == 1
+        for each in random_attention.parts(range(7, 500))
+    )
     monkeypatch.setattr(random_attention, "collect", lambda seeds, *_: seen.extend(seeds) or random_attention.Report())
     seen.clear()
     random_attention.main(["--first", "100", "--cases", "200"])

@@ -121,7 +121,7 @@ class Random:
         what = f"random calls, seeds {found['first']} to {last}, against float64"
         made = []
         for implementation in random_attention.OURS:
-            failures = [each for each in found["failures"] if f"{implementation}:" in each or each.startswith("part ")]
+            failures = [each for each in found["failures"] if f"{implementation}:" in each or each.startswith("seeds ")]
             calls, refused = (found[key].get(implementation, 0) for key in ("calls", "refused"))
             counts = calls - len(failures), len(failures), refused, found["not_reached"]
             made.append(Row(name, "attention", implementation, what, *counts, failures[:MOST_FAILURES]))

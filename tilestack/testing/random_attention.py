@@ -6,8 +6,8 @@
 Everything about a call follows from its seed, which is printed where it fails; `--first SEED --cases 1` runs it again.
 Dtypes, head dimensions, heads, masks and features come from a fixed list of variants, and in each the tokens are
 always, or never, a multiple of 16, for which Triton compiles anew: so a thousand calls need some hundreds of compiled
-kernels. The lengths, the numbers and the strides are each call's own. Of several processes each has its own variants,
-so that no kernel is compiled twice; calls that a time limit left out are counted.
+kernels. The lengths, the numbers and the strides are each call's own. Of several processes each takes a few calls of
+one variant at a time; calls that a time limit left out are counted.
 
 Checked together, over all calls of an implementation and dtype: tensors of few numbers, and float32, where eager and
 FlashAttention lose about as much, at different places; of one call chance may decide which is twice the other.
@@ -38,6 +38,7 @@ from tilestack.testing.compare import Case, Errors, assert_close, errors, evalua
 
 OURS = ("tilestack", "tilestack-triton")
 N_VARIANTS = 48
+SEEDS_OF_A_PART = 5  # that a process takes at a time
 FEW = 1024  # numbers of a tensor other than 0, some rows of a head: chance decides about them
 MASKS = ("none", "causal", "window", "causal window", "left window")
 
@@ -216,17 +217,12 @@ def _scaled(ours: torch.Tensor, eager: torch.Tensor, exact: torch.Tensor) -> tup
 
 @dataclass(frozen=True)
 class Job:
-    """The seeds of one variant, whose kernels no other job compiles; from `end` of time.time() on none begins."""
+    """A few seeds of one variant; from `end` of time.time() on none begins."""
 
-    seeds: range
-    variant: int
+    seeds: tuple[int, ...]
     longest: int
     implementations: tuple[str, ...]
     end: float
-
-    def own(self) -> list[int]:
-        """The seeds of the variant."""
-        return [seed for seed in self.seeds if seed % N_VARIANTS == self.variant]
 
     def run(self) -> Report:
         """In this process."""
@@ -234,7 +230,7 @@ class Job:
 
         def in_time() -> Iterator[int]:
             nonlocal reached
-            for seed in self.own():
+            for seed in self.seeds:
                 if time.time() >= self.end:
                     return
                 reached += 1
@@ -242,8 +238,19 @@ class Job:
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         report = collect(in_time(), device, self.longest, self.implementations)
-        report.not_reached = len(self.own()) - reached
+        report.not_reached = len(self.seeds) - reached
         return report
+
+
+def parts(seeds: range) -> list[tuple[int, ...]]:
+    """The seeds cut into a few of one variant each; all variants come first once, and compile their kernels there."""
+    width = N_VARIANTS * SEEDS_OF_A_PART
+    found = [
+        tuple(seeds[index] for index in range(start + variant, min(start + width, len(seeds)), N_VARIANTS))
+        for start in range(0, len(seeds), width)
+        for variant in range(N_VARIANTS)
+    ]
+    return [each for each in found if each]
 
 
 def run_jobs(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Report]]:
@@ -258,8 +265,8 @@ def run_jobs(jobs: list[Job], processes: int) -> Iterator[tuple[Job, Report]]:
             try:
                 report = future.result()
             except Exception as error:  # a process that a signal ended, or that the device failed
-                reason = f"part {job.variant} ended: {type(error).__name__}: {error}"
-                report = Report(failures=[reason], not_reached=len(job.own()))
+                reason = f"seeds {job.seeds} ended: {type(error).__name__}: {error}"
+                report = Report(failures=[reason], not_reached=len(job.seeds))
             yield job, report
 
 
@@ -276,8 +283,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     end = float("inf") if args.seconds is None else time.time() + args.seconds
     seeds, implementations = range(args.first, args.first + args.cases), tuple(args.implementation or OURS)
-    jobs = [Job(seeds, variant, args.longest, implementations, end) for variant in range(N_VARIANTS)]
-    waiting, report = {job: len(job.own()) for job in jobs}, Report()
+    jobs = [Job(each, args.longest, implementations, end) for each in parts(seeds)]
+    waiting, report = {job: len(job.seeds) for job in jobs}, Report()
     for job, found in run_jobs(jobs, args.processes):
         report.add(found)
         del waiting[job]
