@@ -64,6 +64,19 @@ def test_the_longest_sequence_is_the_longest_multiple_that_fits(fits, found, mon
     assert row.case["seqlen"] == found and row.case["checkpointing"] and row.op == "longest_sequence"
 
 
+def test_a_step_that_waits_for_the_gpu_is_refused_and_what_follows_may_wait_again(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits():
+        assert modes == ["error"]
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        step.refuse_waits(waits)
+    assert modes == ["error", "default"]
+
+
 def test_no_sequence_is_tried_that_is_longer_than_a_step_may_take(monkeypatch):
     device = type("Device", (), {"total_memory": 600 * 2**30})
     monkeypatch.setattr(step, "_peak_gib", lambda model, seqlen: 10 + seqlen / 2048)
