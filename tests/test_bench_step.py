@@ -64,6 +64,19 @@ def test_the_longest_sequence_is_the_longest_multiple_that_fits(fits, found, mon
     assert row.case["seqlen"] == found and row.case["checkpointing"] and row.op == "longest_sequence"
 
 
+def test_a_step_that_waits_for_the_gpu_is_refused_and_what_follows_may_wait_again(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits():
+        assert modes == ["error"]
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    with pytest.raises(RuntimeError, match="synchronizing"):
+        step.refuse_waits(waits)
+    assert modes == ["error", "default"]
+
+
 def test_no_sequence_is_tried_that_is_longer_than_a_step_may_take(monkeypatch):
     device = type("Device", (), {"total_memory": 600 * 2**30})
     monkeypatch.setattr(step, "_peak_gib", lambda model, seqlen: 10 + seqlen / 2048)
@@ -75,15 +88,21 @@ def test_no_sequence_is_tried_that_is_longer_than_a_step_may_take(monkeypatch):
 
 def test_the_losses_and_the_longest_sequences_are_measured_of_ours_and_plain_transformers_alone():
     cases = [step.StepCase(), step.StepCase(batch=1)]
-    assert {name for names, _ in step.PROCESSES for name in names} == set(step.IMPLEMENTATIONS)
-    kinds = [[job.kind for job in step.jobs_of(*process, cases, 20)] for process in step.PROCESSES]
-    assert kinds == [["time"] * 6 + ["optimizer"], ["time"] * 2, ["time"] * 2, ["longest"] * 4 + ["losses"] * 2]
+    assert {name for names, _, _ in step.PROCESSES for name in names} == set(step.IMPLEMENTATIONS)
+    (names, kinds, which), *others = step.PROCESSES
+    found = [job.kind for job in step.jobs_of(names, kinds, cases[which], 20)]
+    assert found == ["time"] * 6 + ["optimizer"] + ["longest"] * 4 + ["losses"] * 2
+    of_others = [job for names, kinds, which in others for job in step.jobs_of(names, kinds, cases[which], 20)]
+    assert {(job.implementation, job.case.batch) for job in of_others} == {
+        (name, batch) for name in ("liger", "transformers-compile") for batch in (1, 4)
+    }
+    assert len(of_others) == 4 and {job.kind for job in of_others} == {"time"}
 
 
 def test_what_is_compared_is_timed_one_after_the_other_on_the_first_case_first():
     cases = [step.StepCase(), step.StepCase(batch=1)]
-    first, *_ = step.PROCESSES
-    jobs = step.jobs_of(*first, cases, 20)
+    names, kinds, _ = step.PROCESSES[0]
+    jobs = step.jobs_of(names, kinds, cases, 20)
     assert [job.implementation for job in jobs[:3]] == ["transformers", "tilestack", step.GRAPH]
     assert {job.case for job in jobs[:3]} == {cases[0]}
 

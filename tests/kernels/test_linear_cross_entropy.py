@@ -48,6 +48,26 @@ def test_many_chunks_are_within_twice_the_error_of_eager(dtype, reduction, monke
     check(CASES, case, "tilestack-triton", dtype, DEVICE)
 
 
+@pytest.mark.parametrize("lag", [1, 5])
+def test_the_pieces_of_a_row_agree_however_far_the_second_reading_is_behind(lag, monkeypatch):
+    """Logits of both signs, rows whose largest logit is negative, and labels in every piece."""
+    monkeypatch.setattr(configs, "softmax_tile", lambda vocabulary: {"BLOCK_V": 64, "num_warps": 1})
+    monkeypatch.setattr(configs, "lag", lambda rows, vocabulary, itemsize: min(rows, lag))
+
+    def make(dtype, device, generator):
+        hidden = torch.randn(8, 16, generator=generator).abs().to(device, dtype)
+        weight = torch.randn(300, 16, generator=generator)
+        weight[:, 0] -= 40.0 * (torch.arange(300) % 2)
+        hidden[::2, 0] += 8
+        labels = torch.arange(8).mul(40).to(device)
+        labels[3] = -100
+        return {"hidden": hidden, "weight": weight.to(device, dtype), "labels": labels}
+
+    options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 30.0}
+    for given in ({}, options):
+        check(CASES, Case("pieces", "five a row", make, given), "tilestack-triton", torch.float32, DEVICE)
+
+
 def test_the_references_chunks_do_not_change_its_result(small_chunks):
     hidden, weight, labels = example(dtype=torch.float64)
     for reduction in ("mean", "sum", "none"):

@@ -113,12 +113,15 @@ IMPLEMENTATIONS: dict[str, Callable[[transformers.Qwen3MoeConfig], torch.nn.Modu
     "tilestack": with_tilestack,
     GRAPH: with_tilestack,
 }
-# what shares a process and is measured in it; the most wanted first
+MAIN = ("transformers", "tilestack")  # whose losses and longest sequences are compared
+FIRST, REST = slice(0, 1), slice(1, None)
+# what shares a process, what is measured in it, of which cases; the most wanted first
 PROCESSES = (
-    (("transformers", "tilestack", GRAPH), ("time", "optimizer")),
-    (("liger",), ("time",)),
-    (("transformers-compile",), ("time",)),
-    (("transformers", "tilestack"), ("longest", "losses")),
+    ((*MAIN, GRAPH), ("time", "optimizer", "longest", "losses"), slice(None)),
+    (("transformers-compile",), ("time",), FIRST),
+    (("liger",), ("time",), FIRST),
+    (("transformers-compile",), ("time",), REST),
+    (("liger",), ("time",), REST),
 )
 
 
@@ -162,12 +165,23 @@ def _recorded_step(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[Callab
     return recorded.replay, torch.cuda.max_memory_allocated() / 2**30
 
 
+def refuse_waits(step: Callable[[], None]) -> None:
+    """Raise RuntimeError where the host waits for the GPU in a step; what is made once must have been made before."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def time_step(name: str, case: StepCase, repeats: int) -> list[Row]:
-    """Median time of forward, loss and backward."""
+    """Median time of forward, loss and backward; ours only if the host waits for the GPU nowhere in it."""
     model = build(name, case)
     tokens = zipf_tokens(case.batch, case.seqlen, model.config.vocab_size, seed=1)
     call, recorded_gib = _recorded_step(model, tokens) if name == GRAPH else (lambda: _step(model, tokens), 0.0)
     timing = measure(call, repeats)
+    if name == "tilestack":
+        refuse_waits(call)
     n_tokens = case.batch * case.seqlen
     flops = training_flops_per_token(model.config, case.seqlen) * n_tokens
     row = Row(
@@ -281,18 +295,19 @@ def work(job: Job) -> list[Row]:
 
 def jobs_of(names: tuple[str, ...], kinds: tuple[str, ...], cases: list[StepCase], repeats: int) -> list[Job]:
     """All that is measured in one process: kind by kind and case by case, what is compared one after the other."""
-    first = replace(cases[0], batch=1)
+    main = [name for name in names if name in MAIN]
     jobs = []
-    for kind in kinds:
+    for kind in kinds if cases else ():
+        first = replace(cases[0], batch=1)
         if kind == "time":
             jobs += [Job(name, kind, case, repeats) for case in cases for name in names]
         elif kind == "optimizer":
             jobs += [Job(name, kind, cases[0], repeats) for name in names if name == "tilestack"]
         elif kind == "longest":
             each = [replace(first, checkpointing=checkpointing) for checkpointing in (False, True)]
-            jobs += [Job(name, kind, case, 1) for case in each for name in names]
+            jobs += [Job(name, kind, case, 1) for case in each for name in main]
         else:
-            jobs += [Job(name, kind, first, LOSS_STEPS) for name in names]
+            jobs += [Job(name, kind, first, LOSS_STEPS) for name in main]
     return jobs
 
 
@@ -317,9 +332,9 @@ def run(
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
     recorder = Recorder("step", limits, folder, describe)
-    for process, of_process in PROCESSES:
+    for process, of_process, which in PROCESSES:
         names = tuple(name for name in process if name in wanted)
-        jobs = jobs_of(names, tuple(kind for kind in of_process if kind in measured), cases, repeats)
+        jobs = jobs_of(names, tuple(kind for kind in of_process if kind in measured), cases[which], repeats)
         for job, result in one_after_another(jobs, work, PATIENCE_S, fatal_failures=1):
             op = {"longest": "longest_sequence", "optimizer": "optimizer"}.get(job.kind, "step")
             error = result if isinstance(result, str) else None

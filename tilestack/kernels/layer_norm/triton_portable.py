@@ -228,7 +228,7 @@ def backward(
     ):
         if name in needs:
             flows = dout1 is not None or index < 2
-            found[name] = sum_shares(shares[:, index], tensor) if flows else torch.zeros_like(tensor)
+            found[name] = sum_shares(shares[:, index], tensor)[0] if flows else torch.zeros_like(tensor)
     return tuple(found[name] for name in needs)
 
 

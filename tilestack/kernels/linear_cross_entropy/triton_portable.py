@@ -1,7 +1,7 @@
 """linear_cross_entropy: cuBLAS for the products, Triton for what lies between them, a chunk of tokens at a time.
 
     logits  = hidden[chunk] @ weight.T               [C, V] in a buffer that every chunk uses again
-    dlogits = softmax(logits) - onehot(labels)       in place, with the loss; one program a row
+    dlogits = softmax(logits) - onehot(labels)       in place, with the loss; a program reads a piece of a row
     dhidden[chunk] = dlogits @ weight
     dweight += dlogits.T @ hidden[chunk]             summed in float32
 
@@ -52,34 +52,88 @@ def _load_logits(logits_ptr, offs, mask, softcap, SOFTCAP: tl.constexpr):
     return x, squashed
 
 
-@triton.jit
-def _logsumexp(logits_ptr, V, softcap, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr):
-    """The largest logit of a row, log(sum(exp(logit - largest))): apart, they lose nothing to rounding; their mean."""
-    largest = -3.0e38  # finite, so that a block of -inf does not make inf - inf
-    total = tl.zeros([BLOCK_V], tl.float32)
-    sum_x = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, V, BLOCK_V):
-        offs = start + tl.arange(0, BLOCK_V)
-        x, _ = _load_logits(logits_ptr, offs, offs < V, softcap, SOFTCAP)
-        larger = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(largest - larger) + tl.exp(x - larger)
-        largest = larger
-        if SMOOTHING:
-            sum_x += tl.where(offs < V, x, 0.0)
-    return largest, tl.log(tl.sum(total, 0)), tl.sum(sum_x, 0) / V
+UNSAID = tl.constexpr(-1)  # of a word: two NaN of a pattern that no arithmetic makes
 
 
 @triton.jit
-def _store_dlogits(
-    logits_ptr, label, largest, log_total, dloss, smoothing, z_slope, V, softcap,
+def _pack(largest, total):
+    """Two float32 in one int64, which is written and read in one piece."""
+    high = largest.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    return high | (total.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def _unpack(words):
+    high = (words >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    low = (words & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
+    return high, low
+
+
+@triton.jit
+def _wait(words_ptr, places, mask):
+    """What the other programs have said of their pieces of a row, once all of them have."""
+    words = tl.load(words_ptr + places, mask=mask, other=0, volatile=True)
+    while tl.sum((words == UNSAID).to(tl.int32), 0) > 0:
+        words = tl.load(words_ptr + places, mask=mask, other=0, volatile=True)
+    return _unpack(words)
+
+
+@triton.jit
+def _say_piece(
+    logits_ptr, said_ptr, piece, V, n_pieces, softcap,
     SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    # from the end of the row to its start: what was read last is still in the L2 cache
-    n_blocks = tl.cdiv(V, BLOCK_V)
-    for block in range(0, n_blocks):
-        offs = (n_blocks - 1 - block) * BLOCK_V + tl.arange(0, BLOCK_V)
+    """The largest logit of a piece and the sum of exp(logit - largest); with smoothing also the sum of its logits."""
+    offs = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    x, _ = _load_logits(logits_ptr, offs, offs < V, softcap, SOFTCAP)
+    largest = tl.maximum(tl.max(x, 0), -3.0e38)  # finite, so that a piece of -inf does not make inf - inf
+    total = tl.sum(tl.exp(x - largest), 0)
+    tl.store(said_ptr + piece, _pack(largest, total))
+    if SMOOTHING:
+        sum_x = tl.sum(tl.where(offs < V, x, 0.0), 0)
+        tl.store(said_ptr + n_pieces + piece, _pack(sum_x, sum_x))
+
+
+@triton.jit
+def _logsumexp(said_ptr, V, n_pieces, SMOOTHING: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The largest logit of a row, log(sum(exp(logit - largest))): apart, they lose nothing to rounding; their mean."""
+    places = tl.arange(0, BLOCK_P)
+    mask = places < n_pieces
+    maxima, totals = _wait(said_ptr, places, mask)
+    largest = tl.max(tl.where(mask, maxima, -3.0e38), 0)
+    total = tl.sum(tl.where(mask, totals * tl.exp(maxima - largest), 0.0), 0)
+    mean = 0.0
+    if SMOOTHING:
+        sums, _ = _wait(said_ptr + n_pieces, places, mask)
+        mean = tl.sum(tl.where(mask, sums, 0.0), 0) / V
+    return largest, tl.log(total), mean
+
+
+@triton.jit
+def _finish_piece(
+    logits_ptr, said_ptr, label, piece, weight, loss_ptr, dloss_ptr, row, V, n_pieces, smoothing, z_loss, softcap,
+    HAS_LOSS: tl.constexpr, HAS_DLOSS: tl.constexpr, WITH_DLOGITS: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    in_range = (label >= 0) & (label < V)
+    offs = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+    has_label = piece == tl.where(in_range, label // BLOCK_V, 0)
+    # read before anything is written: the row is overwritten in place, the label's piece by this program alone
+    chosen, _ = _load_logits(logits_ptr, label, in_range & has_label, softcap, SOFTCAP)
+    largest, log_total, mean = _logsumexp(said_ptr, V, n_pieces, SMOOTHING, BLOCK_P)
+    log_total = tl.where(in_range, log_total, float("nan"))
+    lse = largest + log_total
+    if HAS_LOSS:
+        loss = largest - chosen + log_total
+        if SMOOTHING:
+            loss = (1 - smoothing) * loss + smoothing * (largest - mean + log_total)
+        tl.store(loss_ptr + row, (loss + z_loss * lse * lse) * weight, mask=has_label)
+    if WITH_DLOGITS:
+        dloss = weight
+        if HAS_DLOSS:
+            dloss *= tl.load(dloss_ptr + row)
         x, squashed = _load_logits(logits_ptr, offs, offs < V, softcap, SOFTCAP)
-        dlogits = tl.exp(x - largest - log_total) * z_slope
+        dlogits = tl.exp(x - largest - log_total) * (1 + 2 * z_loss * lse)
         if SMOOTHING:
             dlogits -= smoothing / V
         dlogits = tl.where(offs == label, dlogits - (1 - smoothing), dlogits) * dloss
@@ -89,48 +143,41 @@ def _store_dlogits(
 
 
 @triton.jit
-def _store_zeros(logits_ptr, V, BLOCK_V: tl.constexpr):
-    for start in range(0, V, BLOCK_V):
-        offs = start + tl.arange(0, BLOCK_V)
-        tl.store(logits_ptr + offs, tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty), mask=offs < V)
-
-
-@triton.jit
 def cross_entropy_kernel(
-    logits_ptr, labels_ptr, token_weights_ptr, loss_ptr, dloss_ptr, V, ignore_index, smoothing, z_loss, softcap,
+    logits_ptr, labels_ptr, token_weights_ptr, loss_ptr, dloss_ptr, said_ptr, rows, V, n_pieces, lag,
+    ignore_index, smoothing, z_loss, softcap,
     HAS_WEIGHTS: tl.constexpr, HAS_LOSS: tl.constexpr, HAS_DLOSS: tl.constexpr, WITH_DLOGITS: tl.constexpr,
-    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+    SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * V
-    label = tl.load(labels_ptr + row)
-    if label == ignore_index:
-        if HAS_LOSS:
-            tl.store(loss_ptr + row, 0.0)
-        if WITH_DLOGITS:
-            _store_zeros(logits_ptr, V, BLOCK_V)
-    else:
-        # read before anything is written: the row is overwritten in place
-        in_range = (label >= 0) & (label < V)
-        chosen, _ = _load_logits(logits_ptr, label, in_range, softcap, SOFTCAP)
-        largest, log_total, mean = _logsumexp(logits_ptr, V, softcap, SMOOTHING, SOFTCAP, BLOCK_V)
-        log_total = tl.where(in_range, log_total, float("nan"))
-        weight = 1.0
-        if HAS_WEIGHTS:
-            weight = tl.load(token_weights_ptr + row)
-        lse = largest + log_total
-        if HAS_LOSS:
-            loss = largest - chosen + log_total
-            if SMOOTHING:
-                loss = (1 - smoothing) * loss + smoothing * (largest - mean + log_total)
-            tl.store(loss_ptr + row, (loss + z_loss * lse * lse) * weight)
-        if WITH_DLOGITS:
-            dloss = weight
-            if HAS_DLOSS:
-                dloss *= tl.load(dloss_ptr + row)
-            _store_dlogits(
-                logits_ptr, label, largest, log_total, dloss, smoothing, 1 + 2 * z_loss * lse, V, softcap,
-                SMOOTHING, SOFTCAP, BLOCK_V,
+    # A row is read twice, for its log-sum-exp and for dlogits. Each program reads a piece of row `slot` and says what
+    # it found, then finishes its piece of row `slot - lag`, which is still in the L2 cache. It waits for what programs
+    # of lower numbers say first of all; programs start in the order of their numbers, so those are running or done.
+    slot = tl.program_id(0) // n_pieces
+    piece = tl.program_id(0) % n_pieces
+    words = n_pieces * (1 + SMOOTHING)
+    if tl.load(labels_ptr + slot, mask=slot < rows, other=ignore_index) != ignore_index:
+        row = slot.to(tl.int64)
+        _say_piece(
+            logits_ptr + row * V, said_ptr + row * words, piece, V, n_pieces, softcap, SMOOTHING, SOFTCAP, BLOCK_V
+        )
+    if slot >= lag:
+        row = (slot - lag).to(tl.int64)
+        label = tl.load(labels_ptr + row)
+        if label == ignore_index:
+            if HAS_LOSS:
+                tl.store(loss_ptr + row, 0.0)
+            if WITH_DLOGITS:
+                offs = piece * BLOCK_V + tl.arange(0, BLOCK_V)
+                zeros = tl.zeros([BLOCK_V], logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + row * V + offs, zeros, mask=offs < V)
+        else:
+            weight = 1.0
+            if HAS_WEIGHTS:
+                weight = tl.load(token_weights_ptr + row)
+            _finish_piece(
+                logits_ptr + row * V, said_ptr + row * words, label, piece, weight, loss_ptr, dloss_ptr, row,
+                V, n_pieces, smoothing, z_loss, softcap,
+                HAS_LOSS, HAS_DLOSS, WITH_DLOGITS, SMOOTHING, SOFTCAP, BLOCK_V, BLOCK_P,
             )  # fmt: skip
 
 
@@ -220,18 +267,38 @@ def _sweep(
         buffer = rows.new_empty((rows.shape[0], vocabulary)) if buffer is None else buffer[: rows.shape[0]]
         torch.mm(rows, weight.T, out=buffer)
         by_row = [None if each is None else each[chunk] for each in (token_weights, losses, dlosses)]
-        with launch.on_device(buffer):
-            cross_entropy_kernel[(rows.shape[0],)](
-                buffer, labels[chunk], *by_row, vocabulary,
-                params.ignore_index, params.label_smoothing, params.z_loss, params.softcap,
-                HAS_WEIGHTS=token_weights is not None, HAS_LOSS=losses is not None, HAS_DLOSS=dlosses is not None,
-                WITH_DLOGITS=dhidden is not None or dweight is not None, SMOOTHING=params.label_smoothing > 0,
-                SOFTCAP=params.softcap > 0, **configs.softmax_tile(vocabulary),
-            )  # fmt: skip
+        with_dlogits = dhidden is not None or dweight is not None
+        _cross_entropy(buffer, labels[chunk], *by_row, params, with_dlogits=with_dlogits)
         if dhidden is not None:
             torch.mm(buffer, weight, out=dhidden[chunk])
         if dweight is not None:
             _add_product(dweight, buffer.T, rows, first=chunk.start == 0 and not add)
+
+
+def _cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    token_weights: torch.Tensor | None,
+    losses: torch.Tensor | None,
+    dlosses: torch.Tensor | None,
+    params,
+    *,
+    with_dlogits: bool,
+) -> None:
+    """Write the losses of a chunk, and its dlogits over its logits."""
+    rows, vocabulary = logits.shape
+    tile = configs.softmax_tile(vocabulary)
+    n_pieces, lag = launch.cdiv(vocabulary, tile["BLOCK_V"]), configs.lag(rows, vocabulary, logits.element_size())
+    smoothing = params.label_smoothing > 0
+    said = labels.new_full((rows, n_pieces * (1 + smoothing)), UNSAID.value)
+    with launch.on_device(logits):
+        cross_entropy_kernel[((rows + lag) * n_pieces,)](
+            logits, labels, token_weights, losses, dlosses, said, rows, vocabulary, n_pieces, lag,
+            params.ignore_index, params.label_smoothing, params.z_loss, params.softcap,
+            HAS_WEIGHTS=token_weights is not None, HAS_LOSS=losses is not None, HAS_DLOSS=dlosses is not None,
+            WITH_DLOGITS=with_dlogits, SMOOTHING=smoothing, SOFTCAP=params.softcap > 0,
+            BLOCK_P=launch.next_power_of_2(n_pieces), **tile,
+        )  # fmt: skip
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 MAX_HEAD_DIM = 256
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 def block_rows(block_half: int) -> int:
-    """Heads in one tile: 8 elements of each half of a head a thread, one 16-byte load in bf16."""
+    """Heads in one tile: 4 elements of each half of a head a thread.
+
+    Measured on an H100 at 16,384 tokens, 32 and 4 heads of 128 in bf16, forward / forward and backward: 8 elements a
+    thread (4 warps) 0.115 / 0.287 ms, 4 (8 warps) 0.110 / 0.280.
+    """
     return max(1, 1024 // block_half)
 
 

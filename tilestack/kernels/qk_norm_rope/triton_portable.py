@@ -216,7 +216,6 @@ def backward(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, *, needs, param
             _table_stride(cos), batch * seqlen, seqlen, params.eps, **constants,
         )  # fmt: skip
     found = {"q": dq, "k": dk}
-    for index, (name, weight) in enumerate((("q_weight", q_weight), ("k_weight", k_weight))):
-        if name in needs:
-            found[name] = sum_shares(shares[:, index], weight)
+    if "q_weight" in needs or "k_weight" in needs:
+        found["q_weight"], found["k_weight"] = sum_shares(shares, q_weight, k_weight)
     return tuple(found[name] for name in needs)

@@ -120,5 +120,5 @@ def backward(dout, dresidual_out, summed, weight, rstd, *, needs, params):
         )  # fmt: skip
     found = {"x": dx, "residual": dx}  # x + residual: the contract asks for one of them alone
     if "weight" in needs:
-        found["weight"] = sum_shares(shares, weight)
+        (found["weight"],) = sum_shares(shares, weight)
     return tuple(found[name] for name in needs)

