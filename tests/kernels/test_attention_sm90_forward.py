@@ -9,7 +9,7 @@ import torch
 
 from tilestack.kernels.attention import reference, sm90_forward
 from tilestack.kernels.attention.op import AttentionParams
-from tilestack.kernels.attention.sm90_configs import FORWARD
+from tilestack.kernels.attention.sm90_configs import FORWARD, SHORT, SHORT_FORWARD, forward_config
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
@@ -65,14 +65,19 @@ def test_every_head_dimension_has_a_case():
     assert sizes == set(FORWARD)
 
 
-@pytest.mark.parametrize("head_dim", FORWARD)
-def test_tiles_fit_into_shared_memory_and_hardware_barriers(head_dim):
-    tiles = FORWARD[head_dim]
+@pytest.mark.parametrize(("head_dim", "tiles"), [*FORWARD.items(), *SHORT_FORWARD.items()])
+def test_tiles_fit_into_shared_memory_and_hardware_barriers(head_dim, tiles):
     rows = 64 * tiles.Q_SLOTS * tiles.CONSUMERS + 2 * tiles.STAGES * tiles.BLOCK_N
     mbarriers = 8 * (tiles.Q_SLOTS + 2 * tiles.STAGES)
     assert head_dim == tiles.D + tiles.REST
     assert rows * head_dim * 2 + mbarriers <= 226 * 1024  # of 227 KB; Triton keeps what partitions capture there too
     assert 5 + 2 * tiles.STAGES + tiles.Q_SLOTS + tiles.CONSUMERS <= 16  # Triton has five itself
+
+
+def test_short_sequences_under_a_causal_mask_get_their_own_tiles():
+    assert forward_config(64, True, SHORT) == SHORT_FORWARD[64]
+    for causal, length in ((False, SHORT), (True, SHORT + 1), (True, -1)):
+        assert forward_config(64, causal, length) == FORWARD[64]
 
 
 def test_minus_infinity_as_a_sink_is_no_sink(monkeypatch):

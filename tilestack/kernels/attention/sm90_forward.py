@@ -53,7 +53,7 @@ from tilestack.kernels._gluon import (
 )
 from tilestack.kernels.attention.features import lse_of_no_keys
 from tilestack.kernels.attention.layout import empty_lse, pad_heads, rows_by_heads
-from tilestack.kernels.attention.sm90_configs import FORWARD, Forward, tile_size
+from tilestack.kernels.attention.sm90_configs import Forward, forward_config, tile_size
 from tilestack.kernels.attention.sm90_schedule import dense_schedule, piece, query_table, share, work_item
 
 LOG2E = 1.4426950408889634
@@ -481,9 +481,9 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
         return out.zero_(), lse_of_no_keys(q, sinks)
     heads, head_dim = q.shape[-2:]
     size = tile_size(head_dim)
-    config = FORWARD[size]
-    block_m = ROWS.value * config.CONSUMERS
     dense = cu_seqlens_q is None
+    config = forward_config(size, params.causal, q.shape[1] if dense else params.max_seqlen_q)
+    block_m = ROWS.value * config.CONSUMERS
     items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m)
     programs = min(bound * heads, launch.multiprocessors(q))
     schedule = dense_schedule(q, k, block_m, config.BLOCK_N, params, programs) if dense else items
