@@ -12,7 +12,7 @@ from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
 from distributed.tiny import tiny_model
 from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, SettingsError, World, launch
-from tilestack.distributed.deepspeed_settings import deepspeed_settings
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, deepspeed_settings
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts
 from tilestack.distributed.world import current_world, take_up_slurm
 
@@ -151,7 +151,8 @@ class TestTheDeepSpeedConfiguration:
         }
         settings = self.settings(own(written))
         assert settings["gradient_accumulation_steps"] == 4
-        assert settings["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+        zero = settings["zero_optimization"]
+        assert zero == {"stage": 1, "overlap_comm": False, "sub_group_size": UPDATED_TOGETHER}
         assert settings["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
     @pytest.mark.parametrize(
