@@ -9,6 +9,7 @@ import torch
 
 from tilestack.kernels.moe import reference, sm90_activation, sm90_gluon, sm90_rows, sm90_weights
 from tilestack.kernels.moe.op import MoEParams
+from tilestack.kernels.moe.sm90_layout import Layout
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
@@ -47,7 +48,7 @@ CASES = {  # T, H, I, E, K, routing, weights
     "balanced": (150, 256, 256, 3, 2, balanced, True),
     "skewed, more tiles than programs, more steps than stages": (300, 320, 128, 5, 2, skewed, True),
     "one expert takes all, the others are empty": (200, 128, 128, 4, 1, one_takes_all, True),
-    "more blocks of an expert than go column by column": (600, 320, 64, 2, 1, one_takes_all, True),
+    "more blocks of an expert than go column by column, by ticket": (600, 320, 64, 1, 1, balanced, True),
     "one route a token, no weights, 77 tokens": (77, 64, 64, 3, 1, balanced, False),
     "ids of other ranks, H and I of partial tiles": (90, 192, 192, 4, 3, partly_elsewhere, True),
     "one token": (1, 128, 320, 20, 16, balanced, True),
@@ -86,6 +87,8 @@ def run_hopper(tensors, dout, emulator, monkeypatch, needs, keep=True, totals=(N
         assert [(each.shape, each.dtype) for each in auxiliary] == [(each.shape, each.dtype) for each in fake]
         saved = (x, gate_up, down, topk_ids, topk_weights, *totals, *auxiliary)
         gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=params)
+        layout = Layout(auxiliary[-1], topk_ids.numel(), down.shape[0])
+        assert not topk_ids.numel() or not layout.counters.any(), "a kernel begins where the last one left the tickets"
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
 
@@ -187,6 +190,18 @@ PLANTED = {  # the module, lines of its source, and what they become
         "            mbarrier.wait(empty.index(stage), phase ^ 1)\n",
         "",
     ),
+    "a tile is announced before an earlier one has been taken": (
+        PIECES,
+        "    mbarrier.wait(posted.index(QUEUE + slot), ((turn // QUEUE) & 1) ^ 1)\n",
+        "",
+    ),
+    "a tile is taken before it has been announced": (
+        PIECES,
+        "    mbarrier.wait(posted.index(slot), (turn // QUEUE) & 1)\n",
+        "",
+    ),
+    "nobody is told that there are no more tiles": (PIECES, "    post(queue_s, posted, turn, -1, 0, WARPS)\n", ""),
+    "the last ticket is not given back": (PIECES, "        gl.store(counter, 0)\n", "        pass\n"),
     "the bytes of half a tile are expected": (PIECES, "(256 + 128) * 64 * 2", "(256 + 64) * 64 * 2"),
     "a chunk is overwritten before it has left": (
         PIECES,
@@ -268,5 +283,7 @@ def test_the_emulator_catches_a_planted_bug(bug, tmp_path, monkeypatch):
     kernels = tuple((modules[module.__name__.rsplit(".", 1)[1]], name) for module, name in KERNELS)
     monkeypatch.setattr(sys.modules[__name__], "KERNELS", kernels)
     with pytest.raises(AssertionError):  # DeadlockError and ProtocolError are assertions too
-        check((300, 128, 320, 1, 1, balanced, True), Emulator(), monkeypatch)  # a tile's steps all fit into the ring
+        for seed in (0, 1):  # a tile's steps all fit into the ring
+            check((300, 128, 320, 1, 1, balanced, True), Emulator(seed), monkeypatch)
         check((200, 384, 320, 2, 1, skewed, True), Emulator(), monkeypatch)  # more steps than stages, several tiles
+        check((40, 64, 64, 20, 1, one_takes_all, True), Emulator(), monkeypatch)  # many tiles without a step

@@ -527,7 +527,8 @@ class Emulator:
             barriers = Mbarriers(shape[0], self.scheduler)
             self.mbarriers += barriers.items
             return barriers
-        return Shared(torch.full(shape, float("nan"), dtype=dtype), self.scheduler, self.proxy)
+        unset = float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+        return Shared(torch.full(shape, unset, dtype=dtype), self.scheduler, self.proxy)
 
     def _language(self) -> SimpleNamespace:
         layouts = ("NVMMADistributedLayout", "DotOperandLayout", "SliceLayout", "BlockedLayout",
@@ -538,6 +539,7 @@ class Emulator:
                if hasattr(torch, name)},
             constexpr=None,
             allocate_shared_memory=self._allocate,
+            atomic_add=_atomic_add,
             arange=lambda low, high, layout=None: torch.arange(low, high),
             cast=lambda x, dtype: x.to(dtype) if isinstance(x, torch.Tensor) else x,
             cdiv=lambda a, b: -(-a // b),
@@ -595,6 +597,12 @@ def _load(pointer: Pointer, mask: torch.Tensor | None = None, other: Any = 0) ->
     mask = mask.expand_as(pointer.offset)
     found = pointer.memory[torch.where(mask, pointer.offset, 0)]
     return torch.where(mask, found, torch.tensor(other, dtype=found.dtype))
+
+
+def _atomic_add(pointer: Pointer, value: Any, mask: torch.Tensor | None = None, sem: str = "") -> torch.Tensor:
+    before = _load(pointer, mask)
+    _store(pointer, before + value, mask)
+    return before
 
 
 def _store(pointer: Pointer, value: Any, mask: torch.Tensor | None = None) -> None:

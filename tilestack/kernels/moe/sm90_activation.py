@@ -7,10 +7,10 @@ With a = silu(gate) * up, w the route's weight (1 without weights) and da = down
 
 The element-wise part reads two and writes three values for each of da: as an epilogue of the consumers it would leave
 the tensor cores idle for as long as the product takes. So the consumers only round da to its dtype into shared memory
-and go on with the next tile. The loader, whose four warps have little to do between two stages, works on the tile
-before in pieces of 32 rows by 64 units, a piece every SPACING stages; the gates and ups of the next piece are on their
-way meanwhile. `done` and `free` hand each consumer's half of a tile back and forth. (A fourth warpgroup for it would
-leave each thread 128 registers, too few for a consumer's tile.)
+and go on with the next tile. Two warps of their own, the activator, work on the tile before in pieces of 16 rows by 64
+units; the gates and ups of the next four pieces are on their way meanwhile. `done` and `free` hand each consumer's half
+of a tile back and forth. (A fourth warpgroup leaves each thread 128 registers, too few for a product of 64 x 256. With
+two products of 64 x 128 there was room for it on an H100, but no time was won: the kernel waits for memory.)
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from tilestack.kernels import launch
 from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import ACTIVATION, ROUTES_CHUNK
 from tilestack.kernels.moe.sm90_pieces import (
+    SECOND,
     accumulate,
     init_ring,
+    new_queue,
     pass_by,
     quarters,
     row_producer,
-    row_tile,
     sigmoid,
+    take,
 )
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free,
-             STEPS: gl.constexpr, N_TILES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def consumer(which: gl.constexpr, queue_s, posted, a_s, b_s, da_s, full, empty, done, free,
+             STEPS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     dtype: gl.constexpr = da_s.dtype
     stage = 0
     phase = 0
     handed = 0
-    programs = gl.num_programs(0)
-    n_tiles = gl.load(n_blocks) * N_TILES
-    last_tile = gl.maximum(n_tiles - 1, 0)
-    expert, row, has_second, n = row_tile(gl.minimum(gl.program_id(0), last_tile), blocks, N_TILES)
-    for t in range(gl.program_id(0), n_tiles, programs):
-        following = row_tile(gl.minimum(t + programs, last_tile), blocks, N_TILES)
+    turn = 0
+    place, row = take(queue_s, posted, turn, 4)
+    while place >= 0:
+        has_second = (place >> SECOND) & 1
         if has_second >= which:
             acc = gl.zeros([64, 256], gl.float32, layout)
             acc, stage, phase = accumulate(
@@ -64,19 +64,20 @@ def consumer(which: gl.constexpr, blocks, n_blocks, a_s, b_s, da_s, full, empty,
             handed += 1
         else:
             stage, phase = pass_by(full, empty, stage, phase, STEPS, STAGES)
-        expert, row, has_second, n = following
+        turn += 1
+        place, row = take(queue_s, posted, turn, 4)
 
 
 @gluon.jit
-def consumer_0(blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(0, blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)
+def consumer_0(queue_s, posted, a_s, b_s, da_s, full, empty, done, free,
+               STEPS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    consumer(0, queue_s, posted, a_s, b_s, da_s, full, empty, done, free, STEPS, STAGES)
 
 
 @gluon.jit
-def consumer_1(blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
-    consumer(1, blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)
+def consumer_1(queue_s, posted, a_s, b_s, da_s, full, empty, done, free,
+               STEPS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    consumer(1, queue_s, posted, a_s, b_s, da_s, full, empty, done, free, STEPS, STAGES)
 
 
 @gluon.jit
@@ -120,10 +121,9 @@ def activate(gate, up, da, weight, dpre_activation, weighted, own, column, units
 
 
 @gluon.jit
-def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_route, blocks, n_blocks, pre_s, da_s,
+def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_route, queue_s, posted, pre_s, da_s,
               weight_s, weight_parts_s, loaded, done, free, n_rows, I: gl.constexpr, HAS_WEIGHTS: gl.constexpr,
               WANT_DPRE: gl.constexpr, WANT_WEIGHTED: gl.constexpr, WANT_DWEIGHTS: gl.constexpr):  # fmt: skip
-    N_TILES: gl.constexpr = (I + 255) // 256
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [2, 1], [1, 0])
     of_rows: gl.constexpr = gl.SliceLayout(1, layout)
     of_block: gl.constexpr = gl.BlockedLayout([2], [32], [2], [0])
@@ -134,15 +134,16 @@ def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_rou
     phase = 0
     parity_0 = 0
     parity_1 = 0
-    programs = gl.num_programs(0)
-    n_tiles = gl.load(n_blocks) * N_TILES
-    last_tile = gl.maximum(n_tiles - 1, 0)
-    _, row, has_second, n = row_tile(gl.minimum(gl.program_id(0), last_tile), blocks, N_TILES)
+    turn = 0
+    place, row = take(queue_s, posted, turn, 2)
     for slot in gl.static_range(4):
-        load_piece(pre_desc, row, n * 256 + slot * 64, pre_s, loaded, slot, I, gl.program_id(0) < n_tiles)
-    for t in range(gl.program_id(0), n_tiles, programs):
-        following = gl.minimum(t + programs, last_tile)
-        _, next_row, next_has_second, next_n = row_tile(following, blocks, N_TILES)
+        load_piece(pre_desc, row, (place >> (SECOND + 1)) * 256 + slot * 64, pre_s, loaded, slot, I, place >= 0)
+    while place >= 0:
+        has_second = (place >> SECOND) & 1
+        n = place >> (SECOND + 1)
+        turn += 1
+        next_place, next_row = take(queue_s, posted, turn, 2)
+        next_n = next_place >> (SECOND + 1)
         if HAS_WEIGHTS:
             routes = gl.where(block < 64 + 64 * has_second, gl.load(row_to_route + (row + block)), -1)
             weight_s.index(0).store(gl.load(weights + gl.maximum(routes, 0), mask=routes >= 0, other=0.0))
@@ -150,7 +151,7 @@ def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_rou
         for group in range(groups):
             which = group // 4
             is_last = group + 1 == groups
-            has_next = (group + 1 < groups) | (t + programs < n_tiles)
+            has_next = (group + 1 < groups) | (next_place >= 0)
             load_row = gl.where(is_last, next_row, row + (group + 1) * 16)
             load_column = gl.where(is_last, next_n, n) * 256
             own = row + group * 16 + rows
@@ -175,9 +176,8 @@ def activator(pre_desc, dpre_activation, weighted, partials, weights, row_to_rou
                 gl.store(partials + (gl.cast(n, gl.int64) * n_rows + own), dots)
         parity_0 = parity_0 ^ 1
         parity_1 = parity_1 ^ has_second
+        place = next_place
         row = next_row
-        n = next_n
-        has_second = next_has_second
 
 
 @gluon.jit
@@ -203,6 +203,7 @@ def moe_activation_bwd_sm90_kernel(
     loaded = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    queue_s, posted = new_queue(3)
     init_ring(full, empty, STAGES, 2)
     for slot in gl.static_range(4):
         mbarrier.init(loaded.index(slot), count=1)
@@ -210,14 +211,14 @@ def moe_activation_bwd_sm90_kernel(
         mbarrier.init(done.index(which), count=1)
         mbarrier.init(free.index(which), count=1)
     gl.warp_specialize([
-        (consumer_0, (blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)),
-        (consumer_1, (blocks, n_blocks, a_s, b_s, da_s, full, empty, done, free, STEPS, N_TILES, STAGES)),
-        (activator, (pre_desc, dpre_activation, weighted, partials, weights, row_to_route, blocks, n_blocks, pre_s,
+        (consumer_0, (queue_s, posted, a_s, b_s, da_s, full, empty, done, free, STEPS, STAGES)),
+        (consumer_1, (queue_s, posted, a_s, b_s, da_s, full, empty, done, free, STEPS, STAGES)),
+        (activator, (pre_desc, dpre_activation, weighted, partials, weights, row_to_route, queue_s, posted, pre_s,
                      piece_s, weight_s, weight_parts_s, loaded, done, free, n_rows,
                      I, HAS_WEIGHTS, WANT_DPRE, WANT_WEIGHTED, WANT_DWEIGHTS)),
-        (row_producer, (weight_desc, dout, weight_desc, row_to_route, blocks, n_blocks,
+        (row_producer, (weight_desc, dout, weight_desc, row_to_route, blocks, n_blocks, n_blocks, queue_s, posted,
                         a_s, b_s, full, empty, stride_dout,
-                        STEPS, N_TILES, H, TOP_K, 2, False, False, STAGES)),
+                        STEPS, N_TILES, H, TOP_K, 2, False, False, False, STAGES)),
     ], [4, 2, 2], [CONSUMER_REGISTERS, SIDE_REGISTERS, SIDE_REGISTERS])  # fmt: skip
 
 

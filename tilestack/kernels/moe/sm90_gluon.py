@@ -26,6 +26,8 @@ def refuses(call: Call) -> str | None:
         return f"is for H and I that are multiples of 64, got H = {hidden}, I = {intermediate}"
     if experts * max(hidden, 2 * intermediate) >= 2**31 or 3 * (routes + 64 * experts) >= 2**31:
         return f"counts rows in 32 bits, got T * K = {routes}, E = {experts}"
+    if max(hidden, 2 * intermediate) >= 2**22:
+        return f"counts a tile's columns in 14 bits, got H = {hidden}, I = {intermediate}"
     return triton_portable.refuses(call)
 
 

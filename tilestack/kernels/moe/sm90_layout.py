@@ -20,12 +20,15 @@ from tilestack.kernels.sort_routes.triton_portable import place_routes
 HALF = 64  # rows of a consumer
 BLOCK = 128  # rows of a tile
 SECOND = 1 << 16  # added to an expert whose last block has rows in its second half
+FEW_BLOCKS = 4  # of an expert
+TICKETS = ("up", "down", "dx", "ddown", "dgate_up")  # the products whose tiles go to whoever is free, 4 integers each
+COUNTERS = 32
 
 
 @triton.jit
 def moe_layout_kernel(
     ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, by_size_ptr, blocks_ptr,
-    n_blocks_ptr, n_routes, n_rows, n_route_blocks, max_blocks, E,
+    n_blocks_ptr, counters_ptr, n_routes, n_rows, n_route_blocks, max_blocks, E,
     EXPERTS: tl.constexpr, BLOCK_ROUTES: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     first_rows, rows = place_routes(
@@ -54,6 +57,7 @@ def moe_layout_kernel(
         tl.store(by_size_ptr + rank, index, mask=index < E)
     if tl.program_id(0) == 0:
         tl.store(n_blocks_ptr, tl.sum(blocks, 0))
+        tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
 
 class Layout:
@@ -62,19 +66,25 @@ class Layout:
     row_to_route [rows + 64]: -1 where a row has no route. route_to_row [T * K]: -1 where a route has no expert.
     row_offsets [E + 1]: where each expert's rows begin. by_size [E]: the experts, the one with most rows first.
     blocks [max_blocks, 4]: for each block of 128 rows its expert (plus SECOND), the expert's first block, how many
-    it has, and its first row. n_blocks [1].
+    it has, and its first row. n_blocks [1]. counters [32]: tickets that a running kernel has given out, else 0.
     rows: how many rows there may be, of at most `most` routes that have an expert.
+    has_many_blocks: an expert may have more than FEW_BLOCKS blocks in the mean.
     """
 
     def __init__(self, table: torch.Tensor, routes: int, experts: int, most: int | None = None):
         self.table, self.routes, self.experts = table, routes, experts
         most = routes if most is None else most
         self.rows = max_rows(most, experts)
+        self.has_many_blocks = most > FEW_BLOCKS * BLOCK * experts
         self.max_blocks = most // BLOCK + min(most, experts)
         parts = table.split(_lengths(routes, experts, most))
-        row_to_route, route_to_row, row_offsets, self.by_size, self.blocks, self.n_blocks = parts
+        row_to_route, route_to_row, row_offsets, self.by_size, self.blocks, self.n_blocks, self.counters = parts
         self.row_to_route, self.row_offsets = row_to_route[: self.rows + HALF], row_offsets[: experts + 1]
         self.route_to_row = route_to_row[:routes]
+
+    def tickets(self, product: str) -> torch.Tensor:
+        """The counter of one of TICKETS."""
+        return self.counters[4 * TICKETS.index(product) :]
 
     @staticmethod
     def of(topk_ids: torch.Tensor, experts: int, most: int) -> Layout:
@@ -88,9 +98,9 @@ class Layout:
         with launch.on_device(ids):
             moe_layout_kernel[(grid,)](
                 ids, before, layout.row_offsets, layout.row_to_route, layout.route_to_row, layout.by_size,
-                layout.blocks, layout.n_blocks, routes, layout.rows + HALF, n_route_blocks,
+                layout.blocks, layout.n_blocks, layout.counters, routes, layout.rows + HALF, n_route_blocks,
                 layout.max_blocks, experts, EXPERTS=before.shape[1], BLOCK_ROUTES=BLOCK_ROUTES,
-                CHUNK=LAYOUT_CHUNK, HALF=HALF, SECOND=SECOND, num_warps=LAYOUT_WARPS,
+                CHUNK=LAYOUT_CHUNK, HALF=HALF, SECOND=SECOND, COUNTERS=COUNTERS, num_warps=LAYOUT_WARPS,
             )  # fmt: skip
         return layout
 
@@ -107,5 +117,5 @@ def table_length(routes: int, experts: int, most: int | None = None) -> int:
 
 def _lengths(routes: int, experts: int, most: int) -> list[int]:
     blocks = most // BLOCK + min(most, experts)
-    lengths = (max_rows(most, experts) + HALF, routes, experts + 1, experts, 4 * blocks, 1)
+    lengths = (max_rows(most, experts) + HALF, routes, experts + 1, experts, 4 * blocks, 1, COUNTERS)
     return [(length + 3) // 4 * 4 for length in lengths]  # every part begins at a multiple of 16 bytes

@@ -4,6 +4,10 @@ Every kernel is persistent, with these roles in each program: two consumer warpg
 of a tile each and share its right operand; one producer, which fills a ring of stages of 64 in depth (a TMA tile each,
 or, where rows are gathered, cp.async from four warps; both count on the stage's `full` barrier). A consumer keeps one
 wgmma in flight and gives a stage back when the next one's product has been issued.
+
+The producer also chooses the program's tiles, and tells the other roles through a queue in shared memory. Tiles follow
+one another over the programs: in turns, or by ticket, from a counter in global memory, to whoever is free. A ticket is
+asked for when a tile begins and needed when it ends, so nobody waits for it.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from tilestack.kernels._gluon import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from tilestack.kernels.moe import sm90_layout
 
 SECOND = gl.constexpr(16)  # the bit beside an expert that says that its last block's second half has rows
-FEW_BLOCKS = gl.constexpr(4)
+FEW_BLOCKS = gl.constexpr(sm90_layout.FEW_BLOCKS)
+QUEUE = gl.constexpr(4)  # tiles that may be announced before the slowest role has taken them
 
 
 @gluon.jit
@@ -104,17 +110,81 @@ def row_tile(t, blocks, N_TILES: gl.constexpr):
 
 
 @gluon.jit
-def row_producer(a_desc, source, weight_desc, row_to_route, blocks, n_blocks, a_s, b_s, full, empty,
-                 stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr, TOP_K: gl.constexpr,
-                 GATHER_WARPS: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
-                 STAGES: gl.constexpr):  # fmt: skip
+def new_queue(READERS: gl.constexpr):
+    """What the producer announces tiles with to READERS other roles: of each tile two numbers and two barriers."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queue_s = gl.allocate_shared_memory(gl.int32, [2 * QUEUE, 1], plain)
+    posted = gl.allocate_shared_memory(gl.int64, [2 * QUEUE, 1], mbarrier.MBarrierLayout())
+    for slot in gl.static_range(QUEUE):
+        mbarrier.init(posted.index(slot), count=1)
+        mbarrier.init(posted.index(QUEUE + slot), count=READERS)
+    return queue_s, posted
+
+
+@gluon.jit
+def draw(counter, lanes):
+    """Ask for a ticket; which tile it is for `drawn` says later."""
+    return gl.atomic_add(counter + lanes, gl.where(lanes == 0, 1, 0), mask=lanes == 0, sem="relaxed")
+
+
+@gluon.jit
+def drawn(counter, ticket, lanes, n_tiles):
+    """The tile of a ticket. The first tiles, one a program, need none.
+
+    A program stops at a ticket behind the last tile, so there are as many tickets as tiles: whoever has the last one
+    sets the counter back for the next launch."""
+    number = gl.max(gl.where(lanes == 0, ticket, -1), 0)
+    if number + 1 == n_tiles:
+        gl.store(counter, 0)
+    return number + gl.num_programs(0)
+
+
+@gluon.jit
+def post(queue_s, posted, turn, place, row, WARPS: gl.constexpr):
+    """Announce this program's tile number `turn`; place -1: there is none."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    slot = turn % QUEUE
+    mbarrier.wait(posted.index(QUEUE + slot), ((turn // QUEUE) & 1) ^ 1)
+    queue_s.index(2 * slot).store(gl.full([1], 0, gl.int32, layout) + place)
+    queue_s.index(2 * slot + 1).store(gl.full([1], 0, gl.int32, layout) + row)
+    mbarrier.arrive(posted.index(slot), count=1)
+
+
+@gluon.jit
+def take(queue_s, posted, turn, WARPS: gl.constexpr):
+    """What was announced as this program's tile number `turn`."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    slot = turn % QUEUE
+    mbarrier.wait(posted.index(slot), (turn // QUEUE) & 1)
+    place = gl.max(queue_s.index(2 * slot).load(layout), 0)
+    row = gl.max(queue_s.index(2 * slot + 1).load(layout), 0)
+    mbarrier.arrive(posted.index(QUEUE + slot), count=1)
+    return place, row
+
+
+@gluon.jit
+def row_producer(a_desc, source, weight_desc, row_to_route, blocks, n_blocks, counter, queue_s, posted, a_s, b_s,
+                 full, empty, stride, STEPS: gl.constexpr, N_TILES: gl.constexpr, EXPERT_ROWS: gl.constexpr,
+                 TOP_K: gl.constexpr, GATHER_WARPS: gl.constexpr, PAIRED: gl.constexpr, TRANSPOSED: gl.constexpr,
+                 TICKETS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """Loads the operands of a product over rows, tile after tile: rows of a block (with GATHER_WARPS of `source`, by
     token) and a part of the expert's weight, which is [EXPERT_ROWS, .]: its rows n (TRANSPOSED; PAIRED: half of them
-    gates, half ups) or its columns n."""
+    gates, half ups) or its columns n.
+
+    A tile is announced as expert, SECOND and n in one number, and its first row."""
+    WARPS: gl.constexpr = GATHER_WARPS if GATHER_WARPS else 1
+    lanes = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     stage = 0
     phase = 0
-    for t in range(gl.program_id(0), gl.load(n_blocks) * N_TILES, gl.num_programs(0)):
+    turn = 0
+    n_tiles = gl.load(n_blocks) * N_TILES
+    t = gl.program_id(0)
+    while t < n_tiles:
+        if TICKETS:
+            ticket = draw(counter, lanes)
         expert, row, has_second, n = row_tile(t, blocks, N_TILES)
+        post(queue_s, posted, turn, expert + (has_second << SECOND) + (n << (SECOND + 1)), row, WARPS)
+        turn += 1
         if GATHER_WARPS:
             gather: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [GATHER_WARPS, 1], [1, 0])
             half = gl.arange(0, 64, layout=gl.SliceLayout(1, gather))
@@ -156,6 +226,11 @@ def row_producer(a_desc, source, weight_desc, row_to_route, blocks, n_blocks, a_
                     a_desc, [row + 64, step * 64], full.index(stage), a_s.index(stage * 2 + 1)
                 )
             stage, phase = next_stage(stage, phase, STAGES)
+        if TICKETS:
+            t = drawn(counter, ticket, lanes, n_tiles)
+        else:
+            t += gl.num_programs(0)
+    post(queue_s, posted, turn, -1, 0, WARPS)
     if GATHER_WARPS:
         async_copy.wait_group(0)
 

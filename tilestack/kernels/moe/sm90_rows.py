@@ -16,14 +16,16 @@ from tilestack.kernels import launch
 from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import ROWS, UP
 from tilestack.kernels.moe.sm90_pieces import (
+    SECOND,
     accumulate,
     init_ring,
+    new_queue,
     pass_by,
     quarters,
     row_producer,
-    row_tile,
     sigmoid,
     store_chunk,
+    take,
 )
 
 
@@ -44,8 +46,8 @@ def store_activation(gate, up, pre_desc, activated_desc, row, column, staging, w
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging,
-             full, empty, STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+def consumer(which: gl.constexpr, out_desc, activated_desc, queue_s, posted, a_s, b_s, staging,
+             full, empty, STEPS: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
              WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
              CHUNKS: gl.constexpr):  # fmt: skip
     """64 rows of each tile. WANT_PRE or WANT_ACTIVATED: the up-projection, out_desc of pre_activation, I its half."""
@@ -54,13 +56,11 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, blocks, n_blocks, a_
     dtype: gl.constexpr = out_desc.dtype
     stage = 0
     phase = 0
-    programs = gl.num_programs(0)
-    n_tiles = gl.load(n_blocks) * N_TILES
-    last_tile = gl.maximum(n_tiles - 1, 0)
-    expert, row, has_second, n = row_tile(gl.minimum(gl.program_id(0), last_tile), blocks, N_TILES)
-    for t in range(gl.program_id(0), n_tiles, programs):
-        # the next tile's place is loaded while this one is computed
-        following = row_tile(gl.minimum(t + programs, last_tile), blocks, N_TILES)
+    turn = 0
+    place, row = take(queue_s, posted, turn, 4)
+    while place >= 0:
+        has_second = (place >> SECOND) & 1
+        n = place >> (SECOND + 1)
         if has_second >= which:
             acc = gl.zeros([64, 256], gl.float32, layout)
             acc, stage, phase = accumulate(
@@ -84,32 +84,33 @@ def consumer(which: gl.constexpr, out_desc, activated_desc, blocks, n_blocks, a_
                 store_chunk(out_desc, own, n * 256 + 192, narrow(fourth, dtype), staging, which, 3, CHUNKS, False)
         else:
             stage, phase = pass_by(full, empty, stage, phase, STEPS, STAGES)
-        expert, row, has_second, n = following
+        turn += 1
+        place, row = take(queue_s, posted, turn, 4)
     tma.store_wait(0)
 
 
 @gluon.jit
-def consumer_0(out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+def consumer_0(out_desc, activated_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+               STEPS: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
                WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
                CHUNKS: gl.constexpr):  # fmt: skip
-    consumer(0, out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-             STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
+    consumer(0, out_desc, activated_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+             STEPS, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
-def consumer_1(out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-               STEPS: gl.constexpr, N_TILES: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
+def consumer_1(out_desc, activated_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+               STEPS: gl.constexpr, I: gl.constexpr, WANT_PRE: gl.constexpr,
                WANT_ACTIVATED: gl.constexpr, TRANSPOSED: gl.constexpr, STAGES: gl.constexpr,
                CHUNKS: gl.constexpr):  # fmt: skip
-    consumer(1, out_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-             STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
+    consumer(1, out_desc, activated_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+             STEPS, I, WANT_PRE, WANT_ACTIVATED, TRANSPOSED, STAGES, CHUNKS)  # fmt: skip
 
 
 @gluon.jit
-def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, blocks, n_blocks,
+def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, blocks, n_blocks, counter,
                        stride_x, H: gl.constexpr, I: gl.constexpr, TOP_K: gl.constexpr, WANT_PRE: gl.constexpr,
-                       WANT_ACTIVATED: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+                       WANT_ACTIVATED: gl.constexpr, TICKETS: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
                        CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = H // 64
     N_TILES: gl.constexpr = (I + 127) // 128
@@ -120,23 +121,24 @@ def moe_up_sm90_kernel(x, weight_desc, pre_desc, activated_desc, row_to_route, b
     staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], pre_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    queue_s, posted = new_queue(2)
     init_ring(full, empty, STAGES, 4)
     gl.warp_specialize([
-        (consumer_0, (pre_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
-        (consumer_1, (pre_desc, activated_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
-        (row_producer, (pre_desc, x, weight_desc, row_to_route, blocks, n_blocks,
+        (consumer_0, (pre_desc, activated_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+                      STEPS, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
+        (consumer_1, (pre_desc, activated_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+                      STEPS, I, WANT_PRE, WANT_ACTIVATED, True, STAGES, CHUNKS)),
+        (row_producer, (pre_desc, x, weight_desc, row_to_route, blocks, n_blocks, counter, queue_s, posted,
                         a_s, halves_s, full, empty, stride_x,
-                        STEPS, N_TILES, 2 * I, TOP_K, 4, True, True, STAGES)),
+                        STEPS, N_TILES, 2 * I, TOP_K, 4, True, True, TICKETS, STAGES)),
     ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
 @gluon.jit
-def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, blocks, n_blocks,
+def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, blocks, n_blocks, counter,
                          DEPTH: gl.constexpr, WIDTH: gl.constexpr, EXPERT_ROWS: gl.constexpr, TRANSPOSED: gl.constexpr,
-                         STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
-                         PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+                         TICKETS: gl.constexpr, STAGES: gl.constexpr, CHUNKS: gl.constexpr,
+                         CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     STEPS: gl.constexpr = DEPTH // 64
     N_TILES: gl.constexpr = (WIDTH + 255) // 256
     dtype: gl.constexpr = out_desc.dtype
@@ -148,15 +150,16 @@ def moe_rows_sm90_kernel(rows_desc, weight_desc, out_desc, blocks, n_blocks,
     staging = gl.allocate_shared_memory(dtype, [2 * CHUNKS, 64, 64], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    queue_s, posted = new_queue(2)
     init_ring(full, empty, STAGES, 0)
     gl.warp_specialize([
-        (consumer_0, (out_desc, out_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
-        (consumer_1, (out_desc, out_desc, blocks, n_blocks, a_s, b_s, staging, full, empty,
-                      STEPS, N_TILES, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
-        (row_producer, (rows_desc, blocks, weight_desc, blocks, blocks, n_blocks,
+        (consumer_0, (out_desc, out_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+                      STEPS, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
+        (consumer_1, (out_desc, out_desc, queue_s, posted, a_s, b_s, staging, full, empty,
+                      STEPS, 0, False, False, TRANSPOSED, STAGES, CHUNKS)),
+        (row_producer, (rows_desc, blocks, weight_desc, blocks, blocks, n_blocks, counter, queue_s, posted,
                         a_s, b_s, full, empty, 0,
-                        STEPS, N_TILES, EXPERT_ROWS, 1, 0, False, TRANSPOSED, STAGES)),
+                        STEPS, N_TILES, EXPERT_ROWS, 1, 0, False, TRANSPOSED, TICKETS, STAGES)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -172,8 +175,9 @@ def up(x, gate_up, layout, top_k, *, pre=True, activate=True):
             x, tensor_descriptor(gate_up.view(experts * width, hidden), [128, 64]),
             tensor_descriptor(pre_activation if pre else activated, [64, 64]),
             tensor_descriptor(activated if activate else pre_activation, [64, 64]),
-            layout.row_to_route, layout.blocks, layout.n_blocks, x.stride(0),
-            H=hidden, I=units, TOP_K=top_k, WANT_PRE=pre, WANT_ACTIVATED=activate, **asdict(UP), num_warps=4,
+            layout.row_to_route, layout.blocks, layout.n_blocks, layout.tickets("up"), x.stride(0),
+            H=hidden, I=units, TOP_K=top_k, WANT_PRE=pre, WANT_ACTIVATED=activate, TICKETS=layout.has_many_blocks,
+            **asdict(UP), num_warps=4,
         )  # fmt: skip
     return pre_activation, activated
 
@@ -188,6 +192,8 @@ def multiply(rows, weight, layout, *, transposed):
             tensor_descriptor(rows, [64, 64]),
             tensor_descriptor(weight.view(experts * height, width), [256, 64] if transposed else [64, 256]),
             tensor_descriptor(out, [64, 64]), layout.blocks, layout.n_blocks,
-            DEPTH=depth, WIDTH=columns, EXPERT_ROWS=height, TRANSPOSED=transposed, **asdict(ROWS), num_warps=4,
+            layout.tickets("down" if transposed else "dx"),
+            DEPTH=depth, WIDTH=columns, EXPERT_ROWS=height, TRANSPOSED=transposed,
+            TICKETS=layout.has_many_blocks, **asdict(ROWS), num_warps=4,
         )  # fmt: skip
     return out

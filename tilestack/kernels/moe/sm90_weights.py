@@ -4,8 +4,7 @@
 
 One of the two operands is gathered by token: dout for ddown (a), x for dgate_up (b). A tile is 128 x 256 of one expert,
 64 rows a step; an expert without rows gets zeros. Tiles differ in length by the rows of their expert: they go largest
-expert first, and every other round of the programs in reverse, so that the program with the longest tile of one round
-gets the shortest of the next. The tiles of an expert follow one another: they share its rows in L2.
+expert first to the programs that are free. The tiles of an expert follow one another: they share its rows in L2.
 """
 
 from __future__ import annotations
@@ -17,36 +16,27 @@ from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, te
 from tilestack.kernels.moe.sm90_configs import WEIGHTS, WEIGHTS_AND_SUM
 from tilestack.kernels.moe.sm90_pieces import (
     accumulate,
+    draw,
+    drawn,
     gathered,
     halves,
     init_ring,
+    new_queue,
     next_stage,
+    post,
     quarters,
     store_chunk,
+    take,
 )
 
 
 @gluon.jit
-def rounds(n_tiles):
-    """How many tiles this program takes: the last round is as full as it gets."""
-    programs = gl.num_programs(0)
-    full = n_tiles // programs
-    pid = gl.program_id(0)
-    place = gl.where(full % 2 == 0, pid, programs - 1 - pid)
-    return full + gl.where(place < n_tiles - full * programs, 1, 0)
-
-
-@gluon.jit
-def weight_tile(turn, n_tiles, by_size, row_offsets, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
-    """This program's tile in round `turn`: expert, first row, steps of 64 rows, and the place of the tile."""
-    programs = gl.num_programs(0)
-    pid = gl.program_id(0)
-    t = turn * programs + gl.where(turn % 2 == 0, pid, programs - 1 - pid)
-    t = gl.minimum(t, n_tiles - 1)  # one behind the last is looked up, but never computed
+def weight_tile(t, by_size, row_offsets, M_TILES: gl.constexpr, N_TILES: gl.constexpr):
+    """Tile t: its expert's first row and steps of 64 rows, and the place of the tile."""
     expert = gl.load(by_size + t // (M_TILES * N_TILES))
     row = gl.load(row_offsets + expert)
     steps = (gl.load(row_offsets + (expert + 1)) - row) // 64
-    return expert, row, steps, (t // N_TILES) % M_TILES, t % N_TILES
+    return row, steps, (t // N_TILES) % M_TILES, t % N_TILES
 
 
 @gluon.jit
@@ -60,18 +50,24 @@ def inside(routes, first_column, WIDTH: gl.constexpr, TILE: gl.constexpr, LIMIT:
 
 
 @gluon.jit
-def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
-             M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr, WARPS: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
+def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, counter, queue_s, posted, a_s, b_s,
+             full, empty, stride, E, M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, GATHER_A: gl.constexpr,
+             WARPS: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     M_TILES: gl.constexpr = (M + 127) // 128
     N_TILES: gl.constexpr = (N + 255) // 256
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     rows = gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
     stage = 0
     phase = 0
+    lanes = gl.arange(0, 32 * WARPS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
+    turn = 0
     n_tiles = E * (M_TILES * N_TILES)
-    for turn in range(rounds(n_tiles)):
-        _, first_row, steps, m, n = weight_tile(turn, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
+    t = gl.program_id(0)
+    while t < n_tiles:
+        ticket = draw(counter, lanes)
+        first_row, steps, m, n = weight_tile(t, by_size, row_offsets, M_TILES, N_TILES)
+        post(queue_s, posted, turn, t, steps, WARPS)
+        turn += 1
         routes = gl.load(row_to_route + (first_row + rows))
         for step in range(steps):
             row = first_row + step * 64
@@ -102,6 +98,8 @@ def producer(a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_
             async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
             routes = following
             stage, phase = next_stage(stage, phase, STAGES)
+        t = drawn(counter, ticket, lanes, n_tiles)
+    post(queue_s, posted, turn, -1, 0, WARPS)
     async_copy.wait_group(0)
 
 
@@ -118,7 +116,7 @@ def store_quarter(out_desc, row, column, values, staging, which: gl.constexpr, i
 
 
 @gluon.jit
-def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+def consumer(which: gl.constexpr, out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty,
              M: gl.constexpr, N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
              CHUNKS: gl.constexpr):  # fmt: skip
     M_TILES: gl.constexpr = (M + 127) // 128
@@ -126,11 +124,12 @@ def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, stag
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     stage = 0
     phase = 0
-    n_tiles = E * (M_TILES * N_TILES)
-    expert, _, steps, m, n = weight_tile(0, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
-    for turn in range(rounds(n_tiles)):
-        # the next tile's place is loaded while this one is computed
-        following = weight_tile(turn + 1, n_tiles, by_size, row_offsets, M_TILES, N_TILES)
+    turn = 0
+    t, steps = take(queue_s, posted, turn, 4)
+    while t >= 0:
+        expert = gl.load(by_size + t // (M_TILES * N_TILES))
+        m = (t // N_TILES) % M_TILES
+        n = t % N_TILES
         acc = gl.zeros([64, 256], gl.float32, layout)
         acc, stage, phase = accumulate(
             acc, a_s, b_s, full, empty, stage, phase, steps, which, True, False, True, STAGES
@@ -144,22 +143,23 @@ def consumer(which: gl.constexpr, out_desc, by_size, row_offsets, a_s, b_s, stag
             store_quarter(out_desc, row, n * 256 + 64, second, staging, which, 1, CHUNKS, ADD)
             store_quarter(out_desc, row, n * 256 + 128, third, staging, which, 2, CHUNKS, ADD)
             store_quarter(out_desc, row, n * 256 + 192, fourth, staging, which, 3, CHUNKS, ADD)
-        expert, _, steps, m, n = following
+        turn += 1
+        t, steps = take(queue_s, posted, turn, 4)
     tma.store_wait(0)
 
 
 @gluon.jit
-def consumer_0(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+def consumer_0(out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty,
                M: gl.constexpr, N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
                CHUNKS: gl.constexpr):  # fmt: skip
-    consumer(0, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD, STAGES, CHUNKS)
+    consumer(0, out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty, M, N, ADD, STAGES, CHUNKS)
 
 
 @gluon.jit
-def consumer_1(out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E,
+def consumer_1(out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty,
                M: gl.constexpr, N: gl.constexpr, ADD: gl.constexpr, STAGES: gl.constexpr,
                CHUNKS: gl.constexpr):  # fmt: skip
-    consumer(1, out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD, STAGES, CHUNKS)
+    consumer(1, out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty, M, N, ADD, STAGES, CHUNKS)
 
 
 @gluon.jit
@@ -185,8 +185,8 @@ def combiner(answers, route_to_row, out, T, H: gl.constexpr, TOP_K: gl.constexpr
 
 
 @gluon.jit
-def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, stride, E,
-                                answers, route_to_row, combined, T,
+def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, by_size, row_offsets, counter,
+                                stride, E, answers, route_to_row, combined, T,
                                 M: gl.constexpr, N: gl.constexpr, TOP_K: gl.constexpr, TOP_K_PADDED: gl.constexpr,
                                 GATHER_A: gl.constexpr, COMBINE: gl.constexpr, ADD: gl.constexpr,
                                 STAGES: gl.constexpr, CHUNKS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
@@ -198,24 +198,27 @@ def moe_weights_bwd_sm90_kernel(a_desc, b_desc, source, out_desc, row_to_route, 
     staging = gl.allocate_shared_memory(out_desc.dtype, [2 * CHUNKS, 64, CHUNK], out_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    queue_s, posted = new_queue(2)
     init_ring(full, empty, STAGES, WARPS)
     if COMBINE:
         gl.warp_specialize([
-            (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+            (consumer_0, (out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty, M, N, ADD,
                           STAGES, CHUNKS)),
-            (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+            (consumer_1, (out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty, M, N, ADD,
                           STAGES, CHUNKS)),
-            (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
+            (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, counter, queue_s, posted, a_s, b_s,
+                        full, empty, stride, E,
                         M, N, TOP_K, GATHER_A, 2, STAGES)),
             (combiner, (answers, route_to_row, combined, T, N, TOP_K, TOP_K_PADDED)),
         ], [4, 2, 2], [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (consumer_0, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+            (consumer_0, (out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty, M, N, ADD,
                           STAGES, CHUNKS)),
-            (consumer_1, (out_desc, by_size, row_offsets, a_s, b_s, staging, full, empty, E, M, N, ADD,
+            (consumer_1, (out_desc, by_size, queue_s, posted, a_s, b_s, staging, full, empty, M, N, ADD,
                           STAGES, CHUNKS)),
-            (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, a_s, b_s, full, empty, stride, E,
+            (producer, (a_desc, b_desc, source, row_to_route, by_size, row_offsets, counter, queue_s, posted, a_s, b_s,
+                        full, empty, stride, E,
                         M, N, TOP_K, GATHER_A, 4, STAGES)),
         ], [4, 4], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -236,7 +239,8 @@ def outer(a, b, layout, top_k, *, gather, answers=None, total=None):
     with launch.on_device(a):
         moe_weights_bwd_sm90_kernel[(launch.multiprocessors(a),)](
             rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 128 // out.element_size()]),
-            layout.row_to_route, layout.by_size, layout.row_offsets, source.stride(0), layout.experts,
+            layout.row_to_route, layout.by_size, layout.row_offsets,
+            layout.tickets("ddown" if gather == "a" else "dgate_up"), source.stride(0), layout.experts,
             source if answers is None else answers, layout.route_to_row, out if combined is None else combined, tokens,
             M=height, N=width, TOP_K=top_k, TOP_K_PADDED=launch.next_power_of_2(top_k), GATHER_A=gather == "a",
             COMBINE=answers is not None, ADD=total is not None, **tiles, num_warps=4,
