@@ -30,6 +30,7 @@ def moe_layout_kernel(
     ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, by_size_ptr, blocks_ptr,
     n_blocks_ptr, counters_ptr, n_routes, n_rows, n_route_blocks, max_blocks, E,
     EXPERTS: tl.constexpr, BLOCK_ROUTES: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr, SECOND: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):  # fmt: skip
     first_rows, rows = place_routes(
         ids_ptr, before_ptr, row_offsets_ptr, row_to_route_ptr, route_to_row_ptr, n_routes, n_rows, n_route_blocks, E,
