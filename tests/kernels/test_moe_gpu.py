@@ -164,7 +164,7 @@ def test_a_captured_graph_replays_router_and_experts_on_new_tokens(implementatio
 def test_a_thread_that_has_not_used_the_gpu_yet_may_launch():
     tensors, _ = random_problem(torch.Generator().manual_seed(0), torch.bfloat16)
     x, gate_up, topk_ids = (tensors[name] for name in ("x", "gate_up", "topk_ids"))
-    layout = Layout.of(topk_ids, len(gate_up))
+    layout = Layout.of(topk_ids, len(gate_up), topk_ids.numel())
     found = []
 
     def call():

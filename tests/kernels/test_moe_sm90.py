@@ -87,7 +87,7 @@ def run_hopper(tensors, dout, emulator, monkeypatch, needs, keep=True, totals=(N
         assert [(each.shape, each.dtype) for each in auxiliary] == [(each.shape, each.dtype) for each in fake]
         saved = (x, gate_up, down, topk_ids, topk_weights, *totals, *auxiliary)
         gradients = sm90_gluon.backward(dout, *saved, needs=needs, params=params)
-        layout = Layout(auxiliary[-1], topk_ids.numel(), down.shape[0])
+        layout = Layout(auxiliary[-1], topk_ids.numel(), down.shape[0], params.bound(topk_ids.numel()))
         assert not topk_ids.numel() or not layout.counters.any(), "a kernel begins where the last one left the tickets"
     return {"out": out} | dict(zip(needs, gradients, strict=True))
 
