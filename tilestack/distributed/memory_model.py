@@ -178,25 +178,22 @@ class _Sizes:
         attention = heads + (heads - kv_heads) + m.num_attention_heads
         if t.sequence_parallel > 1:  # what was exchanged is kept beside what was made
             attention += m.num_attention_heads + 2 * max(kv_heads, t.sequence_parallel)
-        # where rows arrive from other ranks, each has room for all of its routes, also those to experts elsewhere
-        routed = self.rows() * m.num_experts_per_tok * 2 * m.moe_intermediate_size
+        routed = m.num_experts_per_tok * 2 * m.moe_intermediate_size
         exchanged = (self.rows() + 1) * m.hidden_size if t.expert_parallel > 1 else 0.0
         width = 4 * m.hidden_size + attention * m.head_dim + routed + exchanged
         small = 4 * m.num_attention_heads + m.num_experts * t.itemsize + 16 * m.num_experts_per_tok
         return self.tokens * (t.itemsize * width + small)
 
     def rows(self) -> float:
-        """Rows for the experts here, for each token of this rank's own: those that arrive from other ranks too."""
+        """Expert parallelism: rows that arrive for each token of this rank's own."""
         ranks = self.training.expert_parallel
-        if ranks == 1:
-            return 1.0
         return ranks * (1 - (1 - 1 / ranks) ** self.model.num_experts_per_tok)
 
     def at_work(self) -> float:
         """In the backward of one layer, beside what it keeps: the larger of its two halves."""
         m, t = self.model, self.training
         inner = m.moe_intermediate_size
-        experts = self.rows() * m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
+        experts = m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
         experts += 3 * self.rows() * m.hidden_size if t.expert_parallel > 1 else 0
         attention = (4 / t.itemsize + 2) * m.num_attention_heads * m.head_dim
         return self.tokens * t.itemsize * (max(experts, attention) + 4 * m.hidden_size)
