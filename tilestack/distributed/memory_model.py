@@ -17,13 +17,13 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER
 from tilestack.distributed.step_model import Layout, parameters
 from tilestack.kernels.adamw.eight_bits import GROUP
 from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
 
 GIB = 2**30
 BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: elements
-UPDATED_TOGETHER = 1 << 28  # elements; deepspeed_settings.py
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
 WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
