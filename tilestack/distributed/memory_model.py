@@ -23,7 +23,7 @@ from tilestack.kernels.adamw.eight_bits import GROUP
 from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
 
 GIB = 2**30
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: elements
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size under ZeRO-3: elements
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
 WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
@@ -148,9 +148,11 @@ class _Sizes:
         return size * done
 
     def bucket(self) -> float:
-        """Where DeepSpeed collects gradients to reduce them; under ZeRO-3 it is there at every moment."""
+        """Where gradients are collected to reduce them; under ZeRO-3, where it has a fixed size, at every moment."""
         t = self.training
-        return 1.0 * BUCKET * t.itemsize if t.deepspeed and t.gpus > 1 and t.zero >= 2 else 0.0
+        if not t.deepspeed or t.gpus == 1 or t.zero < 2:
+            return 0.0
+        return t.itemsize * (max(self.block, self.head) if t.zero == 2 else BUCKET)  # zero_step.bucket_elements
 
     def gathered(self, largest: float) -> float:
         """ZeRO-3: weights that are whole meanwhile, of which the largest are `largest` parameters."""
@@ -226,13 +228,12 @@ class _Sizes:
     def in_backward(self, layer: int) -> dict[str, float]:
         t = self.training
         again = self.whole_layer() if t.checkpointing != "none" else 0.0
-        reduces = self.bucket() > 0
-        fresh = t.itemsize * self.block if reduces else 0.0  # else they are among the gradients
-        copied = self.bucket() if reduces and t.zero == 2 else 0.0  # while a bucket is reduced, when the layer is done
+        fresh = t.itemsize * self.block if self.bucket() else 0.0  # else they are among the gradients
+        buckets = 3 if t.zero == 2 else 1  # one is filled while the other travels, in a copy
         return {
             "gradients": self.gradients(layer - 1),
             "gathered weights": self.gathered(self.block),
-            "buckets": self.bucket() + fresh + max(0.0, copied - self.at_work()),
+            "buckets": buckets * self.bucket() + fresh,
             "activations": self.activations(layer),
             "layer at work": again + self.at_work(),
         }
@@ -242,17 +243,14 @@ class _Sizes:
         return {"gradients": self.gradients(0), "buckets": bucket, "copies for the update": self.copies()}
 
     def copies(self) -> float:
-        """What DeepSpeed makes of gradients: of one after the other in float64 for the norm, of a group to update."""
+        """What becomes of the gradients of a group while it is updated."""
         t = self.training
         if not t.deepspeed or t.offload:
             return 0.0
         if t.zero == 0:
             return 4.0 * self.here if t.dtype == "bfloat16" else 0.0
-        if t.zero == 1:
+        if t.zero == 1 or (t.zero == 2 and self.sums_in_float32):  # these lie in one piece
             return 0.0
         largest = max(self.block * 2 / 3, self.head) / (t.gpus if t.zero == 3 else 1)
-        together = min(self.own, UPDATED_TOGETHER + largest / 2 if t.zero == 3 else max(UPDATED_TOGETHER, largest))
-        size = 4 if self.sums_in_float32 else t.itemsize
-        kept_in = 4 if t.has_master or t.dtype == "float32" else 2
-        flat = 0 if t.zero == 2 and self.sums_in_float32 else size * together
-        return max(8 * largest, flat + (kept_in * together if kept_in != size else 0))
+        together = UPDATED_TOGETHER + largest / 2 if t.zero == 3 else max(UPDATED_TOGETHER, largest)
+        return (4 if self.sums_in_float32 else t.itemsize) * min(self.own, together)
