@@ -91,23 +91,26 @@ def test_races_in_what_triton_adds_to_a_kernel_are_said_but_not_counted():
     assert row.failed == len(sanitized.calls("router")) and len(row.failures) == 1
 
 
-def test_a_run_replaces_the_rows_of_its_checks_and_leaves_the_others(tmp_path):
+def test_a_run_replaces_the_rows_of_its_checks_unless_it_came_less_far(tmp_path):
     path = tmp_path / "trust" / "1xH100.json"
     record = {"bench": "trust", "device": "a GPU", "versions": {"torch": "2", "triton": "3"}}
 
-    def put(check, op, commit, passed):
-        row = asdict(trust.Row(check, op, "", "what", passed)) | {"commit": commit, "date": "2026-11-25T20:00"}
+    def put(check, op, commit, passed, failed=0):
+        row = asdict(trust.Row(check, op, "", "what", passed, failed)) | {"commit": commit, "date": "2026-11-25T20:00"}
         trust.put(record | {"rows": [row]}, path)
 
     put("moe calls", "moe", "aaaaaaaaa", 1)
     put("model", "model", "bbbbbbbbb", 2)
     put("moe calls", "moe", "ccccccccc", 3)
+    put("moe calls", "moe", "ddddddddd", 2)
     assert [(row["check"], row["commit"][:1], row["passed"]) for row in read(path)["rows"]] == [
         ("moe calls", "c", 3),
         ("model", "b", 2),
     ]
     assert "| what | all | 3 passed | ccccccc, 2026-11-25 |" in trust.block(read(path), "moe")
     assert trust.block(read(path), "router") == "Not run yet.\n"
+    put("moe calls", "moe", "eeeeeeeee", 1, failed=1)  # but what it found wrong is kept
+    assert read(path)["rows"][0]["commit"] == "eeeeeeeee"
 
 
 def test_the_files_and_cases_that_checks_name_are_there():

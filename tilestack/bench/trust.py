@@ -2,8 +2,8 @@
 
 A check is a set of tests, the random calls of attention, or a tool of compute-sanitizer over a small set of calls. What
 a time limit left out is counted as not reached, never as passed. A row of the file is one check of one op, and in the
-grid of one implementation. A run replaces the rows of its own checks and leaves the others, which keep their commit and
-date: all of it together takes longer than a GPU is always there for.
+grid of one implementation. A run replaces the rows of its own checks, unless it came less far, and leaves the others,
+which keep their commit and date: all of it together takes longer than a GPU is always there for.
 """
 
 from __future__ import annotations
@@ -293,11 +293,22 @@ def _put(found: list[Row], commit: str | None, path: Path) -> None:
 
 
 def put(record: dict, path: Path) -> Path:
-    """Put the rows of a run into a result file, where they replace those of the same checks."""
-    checks, order = {row["check"] for row in record["rows"]}, list(CHECKS)
-    kept = results.read(path)["rows"] if path.exists() else []
-    rows = [*(row for row in kept if row["check"] not in checks and row["check"] in order), *record["rows"]]
-    return results.save(record | {"rows": sorted(rows, key=lambda row: order.index(row["check"]))}, path)
+    """Put the rows of a run into a result file, over those of the same check, op and implementation.
+
+    A row of a run that was stopped earlier than the one before, and found nothing wrong, does not replace that one's.
+    """
+
+    def key(row: dict) -> tuple[str, str, str]:
+        return row["check"], row["op"], row["implementation"]
+
+    order = list(CHECKS)
+    rows = {key(row): row for row in (results.read(path)["rows"] if path.exists() else []) if row["check"] in order}
+    for row in record["rows"]:
+        before = rows.get(key(row))
+        if before is None or row["failed"] or row["passed"] >= before["passed"]:
+            rows[key(row)] = row
+    rows = sorted(rows.values(), key=lambda row: (order.index(row["check"]), row["implementation"]))
+    return results.save(record | {"rows": rows}, path)
 
 
 def merge(files: list[Path], folder: Path = results.FOLDER) -> list[Path]:
