@@ -140,6 +140,14 @@ def test_the_step_table_has_cases_together_ratios_and_what_did_not_fit(monkeypat
     assert "30.00 ms, 2800 GB/s, 1.07 times" in text
 
 
+def test_the_longest_sequences_of_a_run_without_times_have_a_table_of_their_own(monkeypatch):
+    rows = [row for row in _step_run()["rows"] if row["op"] == "longest_sequence"]
+    monkeypatch.setattr(tables, "_runs", lambda bench: [_step_run() | {"rows": rows}] if bench == "longest" else [])
+    text = tables.longest_table()
+    assert "| 4 | no | tilestack | 204,800 | 77.0 | 10.0 |" in text and text.startswith("NVIDIA H100")
+    assert tables.step_table() == "Not measured yet.\n"
+
+
 def test_the_table_of_ops_has_rates_and_their_shares(monkeypatch):
     case = {"case": "16384 tokens"}
     rows = [

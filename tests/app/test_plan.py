@@ -143,14 +143,15 @@ def test_nothing_that_fits_is_said_so(capsys):
         ("--distributed.zeros 2", UserError, "did you mean --distributed.zero?"),
         (
             "--gpus 4 --train.micro_batches 4 --distributed.expert_parallel 3",
-            UserError,
-            "must divide the number of GPUs",
+            SettingsError,
+            "must divide the number of processes, 4",
         ),
+        ("--gpus 32 --train.micro_batches 32 --distributed.expert_parallel 32", SettingsError, "divide the model's"),
         ("--gpus 4 --distributed.zero 0 --train.micro_batches 4 --optimizer.offload true", SettingsError, "1, 2 or 3"),
         (
             "--gpus 2 --distributed.zero 3 --distributed.expert_parallel 2 --train.micro_batches 2",
-            UserError,
-            "works with distributed.zero 1 or 2, got 3",
+            SettingsError,
+            "works with ZeRO 1 or 2, got distributed.zero = 3",
         ),
     ],
 )

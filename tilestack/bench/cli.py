@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from tilestack.bench.results import FOLDER, stamp
+from tilestack.bench import results
+from tilestack.bench.results import FOLDER
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,9 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tilestack bench: no GPU on this machine; a benchmark here would time Triton's interpreter")
         return 2
+    results.measured_commit = arguments.commit
     path = _run(arguments)
-    if arguments.commit:
-        stamp(path, arguments.commit)
     print(f"wrote {path}")
     return 0
 

@@ -152,15 +152,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def stamp(path: Path, commit: str) -> None:
-    """Name the commit in a result file that was measured on a copy without its history."""
-    record = read(path) | {"commit": commit}
-    path.write_text(json.dumps(record, indent=1) + "\n")
+measured_commit: str | None = None  # named by the user, where the sources are a copy without history
 
 
 @functools.cache
 def commit() -> str:
-    """The commit that was measured, "unknown" outside a checkout."""
+    """The commit that was measured, "unknown" outside a checkout where nobody named it."""
+    if measured_commit is not None:
+        return measured_commit
     done = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
     )

@@ -331,7 +331,8 @@ def run(
     # for the children: whatever lies between two tensors is lost to the longest sequence
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     print(f"ceilings: {limits}", flush=True)
-    recorder = Recorder("step", limits, folder, describe)
+    # a run without times leaves the file of the times alone
+    recorder = Recorder("step" if "time" in measured else "longest", limits, folder, describe)
     for process, of_process, which in PROCESSES:
         names = tuple(name for name in process if name in wanted)
         jobs = jobs_of(names, tuple(kind for kind in of_process if kind in measured), cases[which], repeats)

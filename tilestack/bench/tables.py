@@ -72,10 +72,7 @@ def step_table() -> str:
     for run in _runs("step"):
         timed = [row for row in run["rows"] if row["op"] == "step" and not row["losses"]]
         lines = [
-            f"{run['device']}, torch {run['versions']['torch']}, triton {run['versions']['triton']}, transformers "
-            f"{run['versions']['transformers']}, {run['date'][:10]}; this device's ceilings in the same run: "
-            f"{run['ceilings']['matmul_tflops']:.0f} TFLOP/s (bf16 product), "
-            f"{run['ceilings']['copy_gbps']:.0f} GB/s (copy).",
+            _device_of_step(run),
             "",
             "| case | implementation | ms | tokens/s | TFLOP/s | peak GiB | times transformers |",
             "|---|---|---|---|---|---|---|",
@@ -85,6 +82,24 @@ def step_table() -> str:
         ]
         blocks.append("\n".join(lines) + "\n")
     return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def longest_table() -> str:
+    """The longest sequences of runs that measured no times."""
+    blocks = []
+    for run in _runs("longest"):
+        rows = [row for row in run["rows"] if row["op"] == "longest_sequence"]
+        blocks.append("\n".join([_device_of_step(run), *_longest_lines(rows)]) + "\n")
+    return "\n".join(blocks) or "Not measured yet.\n"
+
+
+def _device_of_step(run: dict) -> str:
+    return (
+        f"{run['device']}, torch {run['versions']['torch']}, triton {run['versions']['triton']}, transformers "
+        f"{run['versions']['transformers']}, {run['date'][:10]}; this device's ceilings in the same run: "
+        f"{run['ceilings']['matmul_tflops']:.0f} TFLOP/s (bf16 product), "
+        f"{run['ceilings']['copy_gbps']:.0f} GB/s (copy)."
+    )
 
 
 def _by_case(rows: list[dict]) -> Callable[[dict], int]:
@@ -153,7 +168,7 @@ def _optimizer_lines(rows: list[dict], ceilings: dict[str, float]) -> list[str]:
 def losses_table() -> str:
     """The first losses of a training run, side by side."""
     blocks = []
-    for run in _runs("step"):
+    for run in [*_runs("step"), *_runs("longest")]:
         curves = {row["implementation"]: row["losses"] for row in run["rows"] if row["losses"]}
         if not curves:
             continue
@@ -344,6 +359,7 @@ def scaling_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": step_table,
+    "longest": longest_table,
     "losses": losses_table,
     "ops": ops_table,
     "numerics": numerics_table,

@@ -17,13 +17,13 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER
 from tilestack.distributed.step_model import Layout, parameters
 from tilestack.kernels.adamw.eight_bits import GROUP
 from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
 
 GIB = 2**30
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size: elements
-UPDATED_TOGETHER = 1 << 28  # elements; deepspeed_settings.py
+BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size under ZeRO-3: elements
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
 WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
@@ -148,9 +148,11 @@ class _Sizes:
         return size * done
 
     def bucket(self) -> float:
-        """Where DeepSpeed collects gradients to reduce them; under ZeRO-3 it is there at every moment."""
+        """Where gradients are collected to reduce them; under ZeRO-3, where it has a fixed size, at every moment."""
         t = self.training
-        return 1.0 * BUCKET * t.itemsize if t.deepspeed and t.gpus > 1 and t.zero >= 2 else 0.0
+        if not t.deepspeed or t.gpus == 1 or t.zero < 2:
+            return 0.0
+        return t.itemsize * (max(self.block, self.head) if t.zero == 2 else BUCKET)  # zero_step.bucket_elements
 
     def gathered(self, largest: float) -> float:
         """ZeRO-3: weights that are whole meanwhile, of which the largest are `largest` parameters."""
@@ -178,25 +180,22 @@ class _Sizes:
         attention = heads + (heads - kv_heads) + m.num_attention_heads
         if t.sequence_parallel > 1:  # what was exchanged is kept beside what was made
             attention += m.num_attention_heads + 2 * max(kv_heads, t.sequence_parallel)
-        # where rows arrive from other ranks, each has room for all of its routes, also those to experts elsewhere
-        routed = self.rows() * m.num_experts_per_tok * 2 * m.moe_intermediate_size
+        routed = m.num_experts_per_tok * 2 * m.moe_intermediate_size
         exchanged = (self.rows() + 1) * m.hidden_size if t.expert_parallel > 1 else 0.0
         width = 4 * m.hidden_size + attention * m.head_dim + routed + exchanged
         small = 4 * m.num_attention_heads + m.num_experts * t.itemsize + 16 * m.num_experts_per_tok
         return self.tokens * (t.itemsize * width + small)
 
     def rows(self) -> float:
-        """Rows for the experts here, for each token of this rank's own: those that arrive from other ranks too."""
+        """Expert parallelism: rows that arrive for each token of this rank's own."""
         ranks = self.training.expert_parallel
-        if ranks == 1:
-            return 1.0
         return ranks * (1 - (1 - 1 / ranks) ** self.model.num_experts_per_tok)
 
     def at_work(self) -> float:
         """In the backward of one layer, beside what it keeps: the larger of its two halves."""
         m, t = self.model, self.training
         inner = m.moe_intermediate_size
-        experts = self.rows() * m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
+        experts = m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
         experts += 3 * self.rows() * m.hidden_size if t.expert_parallel > 1 else 0
         attention = (4 / t.itemsize + 2) * m.num_attention_heads * m.head_dim
         return self.tokens * t.itemsize * (max(experts, attention) + 4 * m.hidden_size)
@@ -229,13 +228,12 @@ class _Sizes:
     def in_backward(self, layer: int) -> dict[str, float]:
         t = self.training
         again = self.whole_layer() if t.checkpointing != "none" else 0.0
-        reduces = self.bucket() > 0
-        fresh = t.itemsize * self.block if reduces else 0.0  # else they are among the gradients
-        copied = self.bucket() if reduces and t.zero == 2 else 0.0  # while a bucket is reduced, when the layer is done
+        fresh = t.itemsize * self.block if self.bucket() else 0.0  # else they are among the gradients
+        buckets = 3 if t.zero == 2 else 1  # one is filled while the other travels, in a copy
         return {
             "gradients": self.gradients(layer - 1),
             "gathered weights": self.gathered(self.block),
-            "buckets": self.bucket() + fresh + max(0.0, copied - self.at_work()),
+            "buckets": buckets * self.bucket() + fresh,
             "activations": self.activations(layer),
             "layer at work": again + self.at_work(),
         }
@@ -245,17 +243,14 @@ class _Sizes:
         return {"gradients": self.gradients(0), "buckets": bucket, "copies for the update": self.copies()}
 
     def copies(self) -> float:
-        """What DeepSpeed makes of gradients: of one after the other in float64 for the norm, of a group to update."""
+        """What becomes of the gradients of a group while it is updated."""
         t = self.training
         if not t.deepspeed or t.offload:
             return 0.0
         if t.zero == 0:
             return 4.0 * self.here if t.dtype == "bfloat16" else 0.0
-        if t.zero == 1:
+        if t.zero == 1 or (t.zero == 2 and self.sums_in_float32):  # these lie in one piece
             return 0.0
         largest = max(self.block * 2 / 3, self.head) / (t.gpus if t.zero == 3 else 1)
-        together = min(self.own, UPDATED_TOGETHER + largest / 2 if t.zero == 3 else max(UPDATED_TOGETHER, largest))
-        size = 4 if self.sums_in_float32 else t.itemsize
-        kept_in = 4 if t.has_master or t.dtype == "float32" else 2
-        flat = 0 if t.zero == 2 and self.sums_in_float32 else size * together
-        return max(8 * largest, flat + (kept_in * together if kept_in != size else 0))
+        together = UPDATED_TOGETHER + largest / 2 if t.zero == 3 else max(UPDATED_TOGETHER, largest)
+        return (4 if self.sums_in_float32 else t.itemsize) * min(self.own, together)

@@ -14,9 +14,10 @@ from tilestack.app.config import Config, check
 from tilestack.app.errors import UserError
 from tilestack.app.parse import take_option
 from tilestack.app.plan.models import SHAPES, planned_model
-from tilestack.app.plan.proposals import Plan, check_split, plan, proposals, training_of
+from tilestack.app.plan.proposals import Plan, plan, proposals, training_of
 from tilestack.app.plan.show import show_plan, show_proposals
 from tilestack.app.start import configure
+from tilestack.distributed.deepspeed_settings import check_model
 from tilestack.distributed.memory_model import GIB
 
 # GiB as torch reports them (get_device_properties), and with 10^9 bytes what the names promise
@@ -85,9 +86,8 @@ def _names_a_training(options: list[str]) -> bool:
 
 def _planned(config: Config, shape: PretrainedConfig, gpus: int, gpu_bytes: float) -> Plan:
     check(config, gpus)
-    training = training_of(config, gpus)
-    check_split(shape, training)
-    return plan(shape, training, gpu_bytes)
+    check_model(config.distributed, shape)
+    return plan(shape, training_of(config, gpus), gpu_bytes)
 
 
 def _number(name: str, text: str | None, default: int) -> int:

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PretrainedConfig
 
 from tilestack.app.config import Config
-from tilestack.app.errors import UserError
-from tilestack.distributed.deepspeed_settings import construction_settings
+from tilestack.distributed.deepspeed_settings import zero_stage
 from tilestack.distributed.memory_model import MOMENT_BYTES, Memory, Training, host_bytes, memory
 from tilestack.distributed.step_model import StepTime, step_time, tflops, tokens_per_second
 
@@ -88,9 +86,7 @@ def training_of(config: Config, gpus: int) -> Training:
     """The part of a configuration that decides on memory and time, for so many GPUs; `check` was passed."""
     distributed, optimizer = config.distributed, config.optimizer
     deepspeed = distributed.uses_deepspeed(gpus)
-    stage = 0
-    if deepspeed:
-        stage = construction_settings(distributed, getattr(torch, config.model.dtype))["zero_optimization"]["stage"]
+    stage = zero_stage(distributed) if deepspeed else 0
     _, ranks = distributed.data_ranks(0, gpus)
     return Training(
         gpus=gpus, micro_batch_tokens=config.data.micro_batch_tokens,
@@ -101,22 +97,6 @@ def training_of(config: Config, gpus: int) -> Training:
         offload=optimizer.offload, dtype=config.model.dtype, deepspeed=deepspeed, moments=optimizer.moments,
         master_weights=optimizer.master_weights, activation_offload=config.model.activation_offload,
     )  # fmt: skip
-
-
-def check_split(shape: PretrainedConfig, training: Training) -> None:
-    """Raise UserError if the experts or the heads of the model cannot be shared out so."""
-    experts, heads = training.expert_parallel, training.sequence_parallel
-    if training.gpus % experts or shape.num_experts % experts:
-        raise UserError(
-            f"distributed.expert_parallel = {experts} must divide the number of GPUs, {training.gpus}, and of experts, "
-            f"{shape.num_experts}"
-        )
-    if experts > 1 and training.zero not in (1, 2):
-        raise UserError(f"distributed.expert_parallel works with distributed.zero 1 or 2, got {training.zero}")
-    if shape.num_attention_heads % heads:
-        raise UserError(
-            f"distributed.sequence_parallel = {heads} must divide the model's {shape.num_attention_heads} query heads"
-        )
 
 
 def proposals(
