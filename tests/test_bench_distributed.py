@@ -57,6 +57,7 @@ def test_jobs_that_share_processes_agree_on_whether_ranks_share_rows():
         assert len({case.sequence_parallel for case in cases}) == len({case.gpus for case in cases}) == 1
     assert len({(job.implementation, job.case) for job in timed}) == len(timed)
     first, second, *_ = timed
+    assert distributed.jobs_of(2, 4, 8, 10)[0].case.gpus == 2, "the file is named by the first row"
     assert first.case == replace(second.case, gpus=1, zero=0), "the same step on one GPU and on both comes first"
 
 
@@ -106,7 +107,7 @@ def test_the_table_has_rates_failures_and_what_several_gpus_reach_of_one():
     text = distributed_block({"device": "NVIDIA H100", "date": "2026-01-02", "versions": versions, "rows": rows})
     assert "| 2 | 2 x 4,096 | ZeRO-2 | none | tilestack | 100.0 | 950 | 380 | 30.0 | 2.0 | 1.0 |" in text
     assert "experts over 2 | none | tilestack | rank 1: out / of memory |" in text
-    assert "the best of each: 3.80 times" in text and "each of 2 reaches 95% of its TFLOP/s" in text
+    assert "the best of each: 3.80 times" in text and "each of 2 reaches 95.0% of its TFLOP/s" in text
     assert "Losses of the first steps, 2 layers, 2 x 4,096 a GPU" in text
     assert (
         "- transformers + DeepSpeed, ZeRO-3: 9.5000, 9.2500" in text and "- tilestack, ZeRO-2: 9.5000, 9.2600" in text

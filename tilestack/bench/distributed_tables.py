@@ -90,7 +90,7 @@ def _comparisons(steps: list[dict]) -> list[str]:
         if same:
             most = max(same, key=lambda row: row["tflops"])
             share = most["tflops"] / alone[0]["tflops"]
-            said.append(f"The same step on one GPU: each of {most['case']['gpus']} reaches {share:.0%} of its TFLOP/s.")
+            said.append(f"The same step on one GPU: each of {most['case']['gpus']} reaches {share:.1%} of its TFLOP/s.")
     return [" ".join(said)] if said else []
 
 

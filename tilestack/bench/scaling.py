@@ -98,7 +98,25 @@ def table(machine: Machine) -> str:
         layouts = [plan.with_fixed_step(gpus) for gpus in SCALES]
         cells = ["not enough for a row each" if each is None else _cell(each, machine) for each in layouts]
         lines.append(f"| {plan.name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *against_measured(machine)]) + "\n"
+
+
+def against_measured(machine: Machine, folder: Path = FOLDER) -> list[str]:
+    """What the model says of the steps that two GPUs ran, beside what they took."""
+    path = folder / "distributed" / "2xH100.json"
+    lines = []
+    for row in read(path)["rows"] if path.exists() else []:
+        if row["op"] != "step" or row["implementation"] != "tilestack" or row["error"]:
+            continue
+        case = row["case"]
+        names = ("gpus", "seqlen", "zero", "expert_parallel", "sequence_parallel", "checkpointing")
+        layout = Layout(micro_batch_tokens=case["batch"] * case["seqlen"], **{name: case[name] for name in names})
+        said = step_time(qwen3_30b_a3b(case["layers"]), layout, machine).total
+        what = (
+            f"{case['layers']} layers, {case['batch']} x {case['seqlen']:,}, {case['gpus']} GPUs, ZeRO-{case['zero']}"
+        )
+        lines.append(f"- {what}: {said:.0f} ms by the model, {row['ms_median']:.0f} ms measured.")
+    return ["", "The model beside what was measured:", "", *lines] if lines else []
 
 
 def _cell(layout: Layout, machine: Machine) -> str:

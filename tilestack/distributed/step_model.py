@@ -229,7 +229,10 @@ def _zero(
         return 2 * once, once
     if layout.zero == 2:
         hidden = machine.hidden_share * _update(model, layout, machine)
-        return n * max(0.0, 2 * once - machine.hidden_share * backward), max(0.0, once - hidden)
+        # the first layer's and the embedding's gradients are there when the backward pass has ended
+        last = (model.vocab_size * model.hidden_size + (others + experts) / (layers + 1)) / (others + experts)
+        reduced = max(2 * once * min(1.0, last), 2 * once - machine.hidden_share * backward)
+        return n * reduced, max(0.0, once - hidden)
     gathered = sum(_ring(machine, size, ranks, apart, 2 * layers) for size, ranks, apart in shares)
     in_forward = max(0.0, gathered - machine.hidden_share * forward)
     in_backward = max(0.0, 2 * gathered - machine.hidden_share * backward)
