@@ -30,10 +30,11 @@ def _plan_line(case: MemoryCase, row: dict) -> str:
     head += f"{_state(case)} | "
     if row["error"]:
         return head + f"{row['error'].splitlines()[0][:60]} | | | | |"
-    planned, used = predicted(case), row["gib"]["reserved"] + row["gib"]["outside"]
+    planned, outside = predicted(case), row["gib"].get("outside")  # not known where others used the GPU meanwhile
+    used = "" if outside is None else f"{row['gib']['reserved'] + outside:.1f}"
     allocated = planned.allocated / GIB
     return (
-        f"{head}{row['peak_gib']:.1f} | {allocated:.1f} | {allocated / row['peak_gib'] - 1:+.1%} | {used:.1f} | "
+        f"{head}{row['peak_gib']:.1f} | {allocated:.1f} | {allocated / row['peak_gib'] - 1:+.1%} | {used} | "
         f"{planned.total / GIB:.1f} |"
     )
 
