@@ -13,7 +13,7 @@ from tilestack.app import checkpoints
 from tilestack.app.config import Config, check
 from tilestack.app.data.documents import open_source
 from tilestack.app.data.packing import MicroBatch, PackedLoader, Position, StepBatch, held_out_batches
-from tilestack.app.errors import StoppedError, reported
+from tilestack.app.errors import AgreedError, StoppedError, reported
 from tilestack.app.finish import finish
 from tilestack.app.hardware import describe
 from tilestack.app.interrupts import stoppable
@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None, prog: str = "train.py") -> None:
 def train(config: Config, resumed: Run | None) -> None:
     """One run, from the configuration to the exported model."""
     world = start(config.distributed)
-    with watched(watch_ranks(world, config.distributed.timeout)) as watch:  # a rank that dies or hangs ends all
+    ranks = watch_ranks(world, config.distributed.timeout)  # a rank that dies or hangs ends all
+    with watched(ranks, agreed=(AgreedError, StoppedError)) as watch:
         run_on(world, watch, config, resumed)
 
 

@@ -1,12 +1,12 @@
 """One rank of test_watch.py, without torch so that it starts at once: watches, takes steps, and comes to harm."""
 
 import importlib.util
+import itertools
 import json
 import os
 import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 WATCH = Path(__file__).parents[2] / "tilestack" / "distributed" / "watch.py"
@@ -22,27 +22,36 @@ def load_watch():
 
 def main(folder: Path, rank: int, ranks: int, harm: str, victim: int) -> None:
     module = load_watch()
+    module.CONNECT_S = 5.0
+    calls = itertools.count()
 
-    def exchange(own):
-        (folder / f"tmp-{rank}").write_text(json.dumps(asdict(own)))
-        (folder / f"tmp-{rank}").rename(folder / f"peer-{rank}")
-        paths = [folder / f"peer-{each}" for each in range(ranks)]
+    def gather(own):
+        call = next(calls)
+        if harm == "unreachable" and call == 0 and rank == victim:
+            own = json.dumps(json.loads(own) | {"addresses": ["127.0.0.1"], "port": 1})
+        (folder / f"tmp-{rank}").write_text(own)
+        (folder / f"tmp-{rank}").rename(folder / f"words-{call}-{rank}")
+        paths = [folder / f"words-{call}-{each}" for each in range(ranks)]
         while not all(path.exists() for path in paths):
             time.sleep(0.005)
-        return [module.Peer(**json.loads(path.read_text())) for path in paths]
+        return [path.read_text() for path in paths]
 
     if harm == "hang in gloo":
         import torch.distributed
 
         store = torch.distributed.FileStore(str(folder / "store"), ranks)
         torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
-    watch = module.Watch(rank, ranks, exchange, timeout=1.0 if harm.startswith("hang") else 30.0)
+    watch = module.Watch(rank, ranks, gather, timeout=1.0 if harm.startswith("hang") else 30.0)
     watch.hint, watch.folder = "Resume.", folder
-    with module.watched(watch):
+    with module.watched(watch, agreed=(StopIteration,)):
         for step in range(3):
             watch.at(f"step {step}, data at document {10 * step}")
             time.sleep(0.05)
-            if step == 2 and harm != "none":
+            if step == 2 and harm == "agree to stop":
+                if rank == victim:  # as a tracker may, while it uploads what it has
+                    time.sleep(5)
+                raise StopIteration
+            if step == 2 and harm not in ("none", "unreachable"):
                 if rank != victim:
                     wait_in_a_collective()
                 come_to(harm)

@@ -84,15 +84,24 @@ def test_a_connection_that_does_not_know_the_word_is_no_rank(tmp_path):
         assert stranger.recv(1) == b""
 
 
-def test_a_neighbour_that_cannot_be_reached_is_a_warning_and_no_reason_to_stop(monkeypatch):
-    module = ringed.load_watch()
-    said = []
-    monkeypatch.setattr(module, "CONNECT_S", 0.2)
-    nowhere = module.Peer(("127.0.0.1",), 1, "word", "gone", 1)
-    watch = module.Watch(0, 2, lambda own: [own, nowhere], say=said.append)
-    watch.at("step 1")
-    watch.close()
-    assert "rank 0 cannot watch rank 1" in said[0]
+def test_a_neighbour_that_cannot_be_reached_is_a_warning_and_no_reason_to_stop(tmp_path):
+    codes, said = run(tmp_path, 4, "unreachable", victim=3)
+    assert codes == [0, 0, 0, 0]
+    assert "warning: rank 2 cannot watch rank 3, so no rank is watched: port 1 of" in said[2]
+    assert said[1] == ""
+
+
+def test_what_all_ranks_agreed_to_is_no_failure_of_the_first_to_leave(tmp_path):
+    codes, said = run(tmp_path, 3, "agree to stop", victim=0)
+    assert codes == [1, 1, 1]
+    assert all("StopIteration" in each and "error: rank" not in each for each in said)
+
+
+def test_a_rank_that_is_stuck_ends_where_its_stacks_cannot_be_written(tmp_path):
+    (tmp_path / "stuck-rank-00000.txt").mkdir()
+    codes, said = run(tmp_path, 2, "hang", victim=1)
+    assert codes == [1, 1]
+    assert "for 1 s (distributed.timeout)" in said[0] and "in wait_in_a_collective" in said[0]
 
 
 def test_where_a_thread_is_names_the_collective_and_our_line():

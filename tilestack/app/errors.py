@@ -21,6 +21,10 @@ class UserError(Exception):
     """Wrong input, or a machine that cannot do what was asked. The message is all that is printed."""
 
 
+class AgreedError(UserError):
+    """A UserError that all ranks raise at the same step, so that none need be told to end."""
+
+
 class StoppedError(Exception):
     """Ctrl-C or SIGTERM was honoured: what is to be kept has been saved. The message says where."""
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from tilestack.app.data.packing import Position, StepBatch
-from tilestack.app.errors import UserError
+from tilestack.app.errors import AgreedError
 from tilestack.app.files import write_text
 from tilestack.app.hardware import peak_flops, peak_memory_bytes
 from tilestack.distributed import StepResult
@@ -92,7 +92,7 @@ class Metrics:
     def judge(self, records: list[dict[str, Any]]) -> list[str]:
         """What to say of the steps that no weight took up. All ranks have the same numbers, and so judge alike.
 
-        Raises UserError at the first of them, if optimizer.non_finite is "stop".
+        Raises AgreedError at the first of them, if optimizer.non_finite is "stop".
         """
         said = []
         for record in records:
@@ -103,7 +103,7 @@ class Metrics:
                 f"({record['loss']}) or the gradient (norm {record['grad_norm']}) is not finite; no weight took it up"
             )
             if self._non_finite == "stop":
-                raise UserError(
+                raise AgreedError(
                     f"{text}. Set optimizer.non_finite to skip to go on without such steps: --resume takes that from "
                     "the last checkpoint; or start again with a lower optimizer.lr"
                 )

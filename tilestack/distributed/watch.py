@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 EXIT_ENDED_BY_ANOTHER = 1
 CONNECT_S = 20.0
+STRANGER_S = 2.0  # in which who connects must know the word
 VERDICT_S = 5.0  # a failed collective is the first sign of a dead rank; the ring tells a moment later
 LEAVE_S = 3.0  # for the main thread to leave by itself when another rank has failed: most often they all do
 PEER_BYTES = 1024
@@ -59,7 +60,7 @@ class Peer:
 class Watch:
     """One rank's place in the ring. Begins to watch at once.
 
-    exchange: gives every rank's Peer, in order, for this rank's own; called once, by every rank.
+    gather: gives every rank's words, in order, for this rank's own; called twice, by every rank.
     timeout: seconds that one thing may take, from one `at` to the next.
     say: writes a message to people.
 
@@ -70,7 +71,7 @@ class Watch:
         self,
         rank: int,
         world_size: int,
-        exchange: Callable[[Peer], list[Peer]],
+        gather: Callable[[str], list[str]],
         timeout: float = math.inf,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ):
@@ -80,22 +81,36 @@ class Watch:
         self._doing, self._since = "its start", None
         self._next_rank, self._next_doing, self._next_is_done = (rank + 1) % world_size, "its start", False
         self._before_rank = (rank - 1) % world_size
+        self._next: socket.socket | None = None
         self._before: socket.socket | None = None
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if world_size == 1:
             return
+        failure = self._join(gather)
+        if any(gather(failure)):  # a ring with a hole would take the hole for a death: all watch, or none
+            for connection in (self._next, self._before):
+                if connection is not None:
+                    connection.close()
+            self._next = self._before = None
+            if failure:  # no reason not to train: the collectives' own timeout is left
+                say(f"warning: rank {rank} cannot watch rank {self._next_rank}, so no rank is watched: {failure}")
+            return
+        threading.Thread(target=self._run, name="tilestack watch", daemon=True).start()
+
+    def _join(self, gather: Callable[[str], list[str]]) -> str:
+        """Connect to the next rank and let the one before connect; returns why that failed, if it did."""
         with socket.create_server(("", 0)) as listener:
             word = secrets.token_hex(8)
-            peers = exchange(Peer(_addresses(), listener.getsockname()[1], word, socket.gethostname(), os.getpid()))
+            own = Peer(_addresses(), listener.getsockname()[1], word, socket.gethostname(), os.getpid())
+            peers = [Peer(**json.loads(each)) for each in gather(json.dumps(dataclasses.asdict(own)))]
             self._next_peer = peers[self._next_rank]
             try:
                 self._next = _connect(self._next_peer)
                 self._before = _accept(listener, word)
-            except OSError as error:  # no reason not to train: the collectives' own timeout is left
-                say(f"warning: rank {rank} cannot watch rank {self._next_rank}, should that die: {error}")
-                return
-        threading.Thread(target=self._run, name="tilestack watch", daemon=True).start()
+            except OSError as error:
+                return str(error) or type(error).__name__
+        return ""
 
     def at(self, doing: str) -> None:
         """Say what this rank is about to do, such as "step 17"; its time starts anew."""
@@ -165,33 +180,37 @@ class Watch:
         self._leave(message, aloud=True)
 
     def _leave(self, message: str, aloud: bool) -> NoReturn:
-        if aloud:
-            self._say(f"error: {message}" + (f". {self.hint}" if self.hint else ""))
-        os._exit(EXIT_ENDED_BY_ANOTHER)  # the main thread may wait in a collective for ever
+        try:
+            if aloud:
+                self._say(f"error: {message}" + (f". {self.hint}" if self.hint else ""))
+        finally:
+            os._exit(EXIT_ENDED_BY_ANOTHER)  # the main thread may wait in a collective for ever
 
     def _stuck(self, reason: str) -> NoReturn:
         """Write down where this rank is, and let the others do so too. Each comes here by the message or by itself."""
-        self._tell(f"stuck {reason}")
-        stack = self._write_stacks(reason)
-        where = place(sys._current_frames().get(self._main))
-        pending = unfinished_on_gpu()
-        text = f"error: {reason}: rank {self.rank} (host {socket.gethostname()}, process {os.getpid()}) was in "
-        text += f"{self._doing}, {where}" + (f"; on the GPU: {', '.join(pending[:3])}" if pending else "")
-        self._say(text + (f"; its stacks: {stack}" if stack else "") + (f". {self.hint}" if self.hint else ""))
-        time.sleep(2.0)  # for the message to go round: a closed connection would say "died"
-        os._exit(EXIT_ENDED_BY_ANOTHER)
+        try:
+            self._tell(f"stuck {reason}")
+            stack = self._write_stacks(reason)
+            where = place(sys._current_frames().get(self._main))
+            pending = unfinished_on_gpu()
+            text = f"error: {reason}: rank {self.rank} (host {socket.gethostname()}, process {os.getpid()}) was in "
+            text += f"{self._doing}, {where}" + (f"; on the GPU: {', '.join(pending[:3])}" if pending else "")
+            self._say(text + (f"; its stacks: {stack}" if stack else "") + (f". {self.hint}" if self.hint else ""))
+            time.sleep(2.0)  # for the message to go round: a closed connection would say "died"
+        finally:
+            os._exit(EXIT_ENDED_BY_ANOTHER)
 
     def _write_stacks(self, reason: str) -> Path | None:
-        if self.folder is None:
-            faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-            return None
-        path = Path(self.folder) / f"stuck-rank-{self.rank:05d}.txt"
-        with path.open("w", encoding="utf-8") as file:
-            file.write(f"{reason}\nthis rank was in {self._doing}\n")
-            file.writelines(f"not finished on the GPU: {each}\n" for each in unfinished_on_gpu())
-            file.flush()
-            faulthandler.dump_traceback(file=file, all_threads=True)
-        return path
+        if self.folder is not None:
+            path = Path(self.folder) / f"stuck-rank-{self.rank:05d}.txt"
+            with contextlib.suppress(OSError), path.open("w", encoding="utf-8") as file:
+                file.write(f"{reason}\nthis rank was in {self._doing}\n")
+                file.writelines(f"not finished on the GPU: {each}\n" for each in unfinished_on_gpu())
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+                return path
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)  # also where the disk is why all hangs
+        return None
 
 
 def place(frame: FrameType | None) -> str:
@@ -258,10 +277,11 @@ def _accept(listener: socket.socket, word: str) -> socket.socket:
     while True:
         listener.settimeout(max(0.1, deadline - time.monotonic()))
         connection, _ = listener.accept()
-        connection.settimeout(CONNECT_S)
-        if connection.recv(len(word) + 1, socket.MSG_WAITALL) == word.encode() + b"\n":
-            connection.settimeout(None)
-            return connection
+        connection.settimeout(STRANGER_S)
+        with contextlib.suppress(OSError):  # a stranger who hangs up, or says nothing
+            if connection.recv(len(word) + 1, socket.MSG_WAITALL) == word.encode() + b"\n":
+                connection.settimeout(None)
+                return connection
         connection.close()
 
 
@@ -270,21 +290,27 @@ def watch_ranks(world: World, timeout: float) -> Watch:
     import torch  # here, so that what else is in this file can be tested in processes that start at once
     import torch.distributed as dist
 
-    def exchange(own: Peer) -> list[Peer]:
-        words = json.dumps(dataclasses.asdict(own)).encode().ljust(PEER_BYTES)
-        sent = torch.frombuffer(bytearray(words), dtype=torch.uint8).to(world.device)
+    def gather(own: str) -> list[str]:
+        sent = torch.frombuffer(bytearray(own.encode()[:PEER_BYTES].ljust(PEER_BYTES)), dtype=torch.uint8)
+        sent = sent.to(world.device)
         received = [torch.empty_like(sent) for _ in range(world.world_size)]
         dist.all_gather(received, sent)
-        return [Peer(**json.loads(bytes(each.tolist()))) for each in received]
+        return [bytes(each.tolist()).decode(errors="ignore").strip() for each in received]
 
-    return Watch(world.rank, world.world_size, exchange, timeout)
+    return Watch(world.rank, world.world_size, gather, timeout)
 
 
 @contextlib.contextmanager
-def watched(watch: Watch) -> Iterator[Watch]:
-    """Inside, a rank that leaves by an exception takes the others with it; leaving otherwise it is done."""
+def watched(watch: Watch, agreed: tuple[type[BaseException], ...] = ()) -> Iterator[Watch]:
+    """Inside, a rank that leaves by an exception takes the others with it; leaving otherwise it is done.
+
+    agreed: exceptions that all ranks raise together, each of which ends in its own time.
+    """
     try:
         yield watch
+    except agreed:
+        watch.close()
+        raise
     except BaseException as failure:
         watch.close(failure)
         raise
