@@ -172,6 +172,20 @@ class TestTheDeepSpeedConfiguration:
         with pytest.raises(ValueError, match=message):
             self.settings(own(written))
 
+    @pytest.mark.parametrize("change", [{"moments": "8bit"}, {"moments": "bfloat16"}, {"master_weights": False}])
+    def test_a_file_that_offloads_is_refused_with_states_that_are_not_updated_on_the_host(self, own, change):
+        def settings(device, **change):
+            distributed = own({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": device}}})
+            return deepspeed_settings(distributed, OptimizerConfig(**change), 1, torch.bfloat16, 2)
+
+        ((key, value),) = change.items()
+        with pytest.raises(
+            SettingsError, match=rf"device='cpu'.* needs float32 moments.* optimizer\.{key} = '?{value}"
+        ):
+            settings("cpu", **change)
+        assert settings("none", **change)["zero_optimization"]["stage"] == 2
+        assert settings("cpu")["zero_force_ds_cpu_optimizer"] is False
+
     def test_a_stage_that_contradicts_the_file_is_refused(self, own):
         path = own({"zero_optimization": {"stage": 1}}).deepspeed_config
         with pytest.raises(ValueError, match=r"zero_optimization\.stage=1, tilestack's has 3"):

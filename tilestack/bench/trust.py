@@ -67,12 +67,15 @@ class Budget:
         self.wait(process, None if self.seconds is None else time.monotonic() + self.seconds + self.grace)
 
     @staticmethod
-    def wait(process: subprocess.Popen, end: float | None) -> None:
-        """Until the process ends, or until `end` of time.monotonic(), when it and all that it started are stopped."""
+    def wait(process: subprocess.Popen, end: float | None) -> int | None:
+        """Until the process ends, or until `end` of time.monotonic(), when it and all that it started are stopped.
+
+        Returns its exit code, None where it was stopped.
+        """
         try:
-            process.wait(None if end is None else max(0.0, end - time.monotonic()))
+            return process.wait(None if end is None else max(0.0, end - time.monotonic()))
         except subprocess.TimeoutExpired:
-            pass
+            return None
         finally:  # also where this process is told to end
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -150,24 +153,37 @@ class Sanitizer:
                     command, stdout=log, stderr=log, env=environment, cwd=results.ROOT, start_new_session=True
                 )
         end = None if budget.seconds is None else time.monotonic() + budget.seconds
-        for process in running.values():
-            budget.wait(process, end)
-        return [self.row(name, op, (scratch / f"{self.tool}-{op}.log").read_text()) for op in running]
+        codes = {op: budget.wait(process, end) for op, process in running.items()}
+        return [self.row(name, op, (scratch / f"{self.tool}-{op}.log").read_text(), codes[op]) for op in running]
 
-    def row(self, name: str, op: str, log: str) -> Row:
-        """The calls that ran, all of them failed where the tool reports anything; the others were not reached."""
+    def row(self, name: str, op: str, log: str, code: int | None) -> Row:
+        """The calls that ran, all of them failed where the tool found anything; the others were not reached.
+
+        code: the process's exit code, None where a limit stopped it. Any but 0 fails the call in which it ended.
+        """
+        calls = len(sanitized.calls(op))
         ran = len(re.findall(r"^ran ", log, re.MULTILINE))
-        summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", log)
+        died = code not in (0, None)
+        reached = min(ran + died, calls)  # one that dies after all of them dies in the last
+        summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+).*", log)
         reports = re.findall(
-            r"^={9} ((?:Invalid|Error|Warning|Barrier|Internal|Uninit|Program hit).*(?:\n={9}  .*)*)", log, re.M
+            r"^={9} ((?:Invalid|Misaligned|Error|Warning|Barrier|Internal|Uninit|Program hit).*(?:\n={9}  .*)*)",
+            log,
+            re.MULTILINE,
         )
         own = [each for each in reports if not _of_the_compiler(each)]
+        excused = len(reports) - len(own)
+        if not own and summary and int(summary[1]) > excused:  # reports in words that are not known here
+            own = [f"{summary[0]}, of which {excused} are not counted"]
         row = Row(name, op, "", f"calls under compute-sanitizer's {self.tool}", failures=own[:MOST_FAILURES])
-        row.passed, row.failed = (0, ran) if own else (ran, 0)
-        row.not_reached = len(sanitized.calls(op)) - ran
-        if len(own) < len(reports):
+        row.failed = reached if own else int(died)
+        row.passed, row.not_reached = reached - row.failed, calls - reached
+        if died:
+            last = [line for line in log.splitlines() if line.strip() and not line.startswith(("=", "ran "))][-1:]
+            row.failures.insert(0, ": ".join([f"ended with exit code {code} after {ran} of {calls} calls", *last]))
+        if excused:
             row.what += "; not counted: its reports of how Triton starts the partitions of a kernel"
-        if summary is None:
+        if summary is None and not died:
             row.what += "; it was stopped before its summary"
         return row
 

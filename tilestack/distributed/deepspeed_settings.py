@@ -133,6 +133,13 @@ def _keep_states(settings: dict[str, Any], optimizer: OptimizerConfig, accumulat
                     f"configuration names an optimizer of DeepSpeed's; remove one of them"
                 )
         return
+    device = zero.get("offload_optimizer", {}).get("device", "none")
+    if device != "none" and (optimizer.moments != "float32" or not optimizer.master_weights):
+        raise SettingsError(
+            f"zero_optimization.offload_optimizer.device={device!r} in the DeepSpeed configuration needs float32 "
+            f"moments and master weights, got optimizer.moments = {optimizer.moments!r} and optimizer.master_weights = "
+            f"{optimizer.master_weights}; set them to float32 and true, or the device to none"
+        )
     if dtype == torch.bfloat16 and not optimizer.master_weights:
         # the second says who makes the moments as it likes, which is our optimizer
         settings["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
