@@ -148,6 +148,14 @@ def test_8_bit_moments_take_two_bytes_a_parameter_and_their_scales():
         assert slot.master is None
 
 
+@pytest.mark.parametrize("kept", LOCAL)
+def test_what_a_copy_to_save_takes_is_known_without_decoding_anything(kept, monkeypatch):
+    saving = local(**LOCAL[kept]).saving()
+    taken = sum(each.nbytes for piece in saving.copied().pieces() for each in piece.tensors.values())
+    monkeypatch.setattr("tilestack.distributed.optimizer.decode", None)
+    assert saving.nbytes == taken
+
+
 @pytest.mark.parametrize(
     ("distributed", "optimizer", "alone", "message"),
     [

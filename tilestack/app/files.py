@@ -30,12 +30,6 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def sync_file(path: Path) -> None:
-    """Make the content of a file last."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError if it is missing or broken."""
     try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,12 +28,14 @@ from tilestack.app import checkpoints
 from tilestack.app.config import Config
 from tilestack.app.data.packing import Position
 from tilestack.app.errors import StoppedError, UserError
-from tilestack.app.files import sync_file, write_text
+from tilestack.app.files import write_text
 from tilestack.app.parse import to_plain
 from tilestack.app.processes import any_rank, wait_for_all
 from tilestack.distributed import Engine, Saving
+from tilestack.models.files import sync_file
 
 ROOM = 0.6  # of the host's free memory that the copies of all its ranks may take
+PATIENCE_S = 60.0  # after a failure, where other ranks may be waiting to be told that they must end
 
 
 class Saver:
@@ -40,12 +43,15 @@ class Saver:
 
     folder: of the run's checkpoints. data: what identifies the data, compared on resume.
 
-    As a context: leaving it waits for the checkpoint that is being written, unless something unexpected broke.
+    As a context: leaving it waits for the checkpoint that is being written, whatever else broke; after a failure with
+    several ranks not for ever. Ctrl-C while it waits ends that too.
     """
 
     def __init__(self, folder: Path, engine: Engine, config: Config, data: dict[str, Any]):
         self.folder, self.engine, self.config, self.data = folder, engine, config, data
         self._thread: threading.Thread | None = None
+        # waited for instead of the thread: in Python 3.11, after Ctrl-C has ended a join, no join waits again
+        self._ended = threading.Event()
         self._failure: UserError | None = None
         self._group = None
         if torch.distributed.is_initialized():
@@ -55,8 +61,14 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, (StoppedError, UserError)):
+        if kind is None or issubclass(kind, StoppedError):  # all ranks come here, and promise that it is saved
             self.wait()
+            return
+        # the copy is whole, whatever broke since; but another rank may be gone, and the others wait for this one
+        if not self._join(None if self.engine.world_size == 1 else PATIENCE_S):
+            print(f"warning: a checkpoint was not written within {PATIENCE_S:g} s", file=sys.stderr, flush=True)
+        if self._failure is not None:  # what broke first is raised, this is said
+            print(f"warning: {self._failure}", file=sys.stderr, flush=True)
 
     def save(self, step: int, position: Position) -> None:
         """Save checkpoint `step`, and drop all but the newest train.keep_checkpoints.
@@ -73,8 +85,10 @@ class Saver:
         random = checkpoints.random_states(self.engine.device)
         has_room = not any_rank(not _fits(saving.nbytes), self.engine.device)
         arguments = (step, position, temporary, saving.copied() if has_room else saving, random)
-        self._thread = threading.Thread(target=self._write, args=arguments, name=f"save step {step}", daemon=True)
-        self._thread.start()
+        ended = threading.Event()
+        thread = threading.Thread(target=self._write, args=(*arguments, ended), name=f"save step {step}", daemon=True)
+        thread.start()
+        self._thread, self._ended = thread, ended
         if not has_room:
             self.wait()
 
@@ -86,12 +100,19 @@ class Saver:
 
     def wait(self) -> None:
         """Return when the checkpoint that is being written has its name. Raises UserError if it could not be."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._join(None)
         self.check()
 
-    def _write(self, step: int, position: Position, temporary: Path, saving: Saving, random: dict) -> None:
+    def _join(self, timeout: float | None) -> bool:
+        """Whether nothing is being written, at the latest after `timeout` seconds."""
+        if self._thread is not None and self._ended.wait(timeout):
+            self._thread.join()  # for it to free its copy
+            self._thread = None
+        return self._thread is None
+
+    def _write(
+        self, step: int, position: Position, temporary: Path, saving: Saving, random: dict, ended: threading.Event
+    ) -> None:
         final = self.folder / f"step-{step:08d}"
 
         def own_part() -> None:
@@ -106,11 +127,14 @@ class Saver:
                 write_text(temporary / checkpoints.STATE, json.dumps(state, indent=2) + "\n")
                 checkpoints.publish(temporary, final, self.config.train.keep_checkpoints)
 
-        for part in (own_part, the_whole):
-            failure = self._tried(part)
-            if failure is not None:
-                self._failure = UserError(f"the checkpoint {final} could not be written: {failure}")
-                return
+        try:
+            for part in (own_part, the_whole):
+                failure = self._tried(part)
+                if failure is not None:
+                    self._failure = UserError(f"the checkpoint {final} could not be written: {failure}")
+                    return
+        finally:
+            ended.set()
 
     def _tried(self, write: Callable[[], None]) -> str | None:
         """Do something; why it failed, here or on another rank, None if it did on none."""
@@ -144,14 +168,20 @@ def _fits(nbytes: int) -> bool:
     return nbytes * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < ROOM * free_memory()
 
 
-def free_memory() -> int:
-    """Bytes of the host's memory that are to be had, of what this container may use; 0 where nobody says."""
+def free_memory(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the host's memory that are to be had, of what this container may use; 0 where nobody says.
+
+    Copies of files in memory are given up when somebody needs it: they are free, as MemAvailable has it.
+    """
     found = []
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    meminfo, limit = proc / "meminfo", cgroup / "memory.max"
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
         found.append(int(fields["MemAvailable"].split()[0]) << 10)
     if limit.exists() and limit.read_text().strip() != "max":
-        used = limit.with_name("memory.current")
-        found.append(max(0, int(limit.read_text()) - int(used.read_text())))
+        used, stat, files = cgroup / "memory.current", cgroup / "memory.stat", 0
+        if stat.exists():
+            fields = dict(line.split() for line in stat.read_text().splitlines())
+            files = int(fields.get("inactive_file", 0)) + int(fields.get("active_file", 0))
+        found.append(max(0, int(limit.read_text()) - max(0, int(used.read_text()) - files)))
     return min(found, default=0)

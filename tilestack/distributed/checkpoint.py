@@ -12,7 +12,6 @@ checkpoint does not depend on how many ranks wrote it, on their ZeRO stage, or o
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from tilestack.models.files import sync_file
 
 FORMAT = "pieces-1"
 FILE_BYTES = 2 << 30  # a file's tensors are copied to the host together
@@ -50,17 +51,19 @@ class Saving:
     """A rank's part of a checkpoint at one moment: views of what trains, or copies of them.
 
     pieces: gives them one after the other; a piece need not outlive the next.
+    shapes: the same pieces, of which only the shapes and types count: what must be decoded to be had may be on "meta".
     state: the engine's numbers, which one rank writes; None on the others.
     """
 
     rank: int
     pieces: Callable[[], Iterable[Piece]]
+    shapes: Callable[[], Iterable[Piece]]
     state: dict[str, Any] | None
 
     @property
     def nbytes(self) -> int:
         """What `copied` takes of the host's memory."""
-        return sum(tensor.nbytes for piece in self.pieces() for tensor in piece.tensors.values())
+        return sum(tensor.nbytes for piece in self.shapes() for tensor in piece.tensors.values())
 
     def copied(self) -> Saving:
         """The same in host memory of its own: training may go on while it is written. Waits for the device."""
@@ -68,7 +71,7 @@ class Saving:
             Piece(each.name, each.start, {kind: t.detach().to("cpu", copy=True) for kind, t in each.tensors.items()})
             for each in self.pieces()
         ]
-        return Saving(self.rank, lambda: pieces, self.state)
+        return Saving(self.rank, lambda: pieces, lambda: pieces, self.state)
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, which exists, and bring it to the disk; the application makes the folder appear."""
@@ -122,12 +125,6 @@ def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece]) -> None:
                 flush()
     if waiting:
         flush()
-
-
-def sync_file(path: Path) -> None:
-    """Bring a file's content to the disk."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 @dataclass(frozen=True)

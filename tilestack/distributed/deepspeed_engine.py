@@ -10,6 +10,7 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -202,10 +203,11 @@ class DeepSpeedEngine:
     def saving(self) -> Saving:
         state, dtype = self._state(), next(self.model.parameters()).dtype
         # without ZeRO every rank has the same
-        pieces = state.pieces if self.stage > 0 or self.rank == 0 else tuple
+        saves = self.stage > 0 or self.rank == 0
+        pieces, shapes = (state.pieces, partial(state.pieces, decoded=False)) if saves else (tuple, tuple)
         ranks = {"world_size": self.world_size, "zero": self.stage, "expert_parallel": self._expert_ranks()}
         found = numbers(dtype, state.updates, {"engine": "deepspeed"} | ranks)
-        return Saving(self.rank, pieces, found if self.rank == 0 else None)
+        return Saving(self.rank, pieces, shapes, found if self.rank == 0 else None)
 
     def save(self, folder: Path) -> None:
         self.saving().write(Path(folder))

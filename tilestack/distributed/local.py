@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -187,7 +188,7 @@ class LocalEngine:
 
     def saving(self) -> Saving:
         found = numbers(self._dtype(), self.updates, {"engine": "local", "world_size": 1})
-        return Saving(self.rank, self._pieces, found)
+        return Saving(self.rank, self._pieces, partial(self._pieces, decoded=False), found)
 
     def save(self, folder: Path) -> None:
         self.saving().write(Path(folder))
@@ -210,11 +211,14 @@ class LocalEngine:
     def _dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def _pieces(self, loading: bool = False) -> Iterator[Piece]:
-        """What this process has, one parameter at a time. loading: take up what was written to a piece, at the next."""
+    def _pieces(self, loading: bool = False, decoded: bool = True) -> Iterator[Piece]:
+        """What this process has, one parameter at a time.
+
+        loading: take up what was written to a piece, at the next. decoded: see `readable`.
+        """
         for name, slot in self.slots.items():
             weight = slot.parameter.detach() if slot.master is None else slot.master
-            moments = readable(slot.moments)
+            moments = readable(slot.moments, decoded)
             yield Piece(name, 0, {kind: tensor.view(-1) for kind, tensor in ({WEIGHT: weight} | moments).items()})
             if loading:
                 take_up(slot.moments, moments)

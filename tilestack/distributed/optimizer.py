@@ -24,17 +24,22 @@ def new_moments(parameter: torch.Tensor, kept_in: str) -> dict[str, torch.Tensor
     return moments
 
 
-def readable(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def readable(state: Mapping[str, torch.Tensor], decoded: bool = True) -> dict[str, torch.Tensor]:
     """The moments as numbers: those in 8 bits as a float32 copy in the host's memory, all others as they are.
 
     A copy on the device would be four times as large as what it is a copy of.
+
+    decoded: without it the copies are on "meta": their shapes and types, at no cost.
     """
-    return {
-        kind: decode(state[kind].cpu(), state[f"{kind}_scale"].cpu(), signed=kind == "exp_avg")
-        if f"{kind}_scale" in state
-        else state[kind]
-        for kind in MOMENTS
-    }
+
+    def numbers(kind: str) -> torch.Tensor:
+        if f"{kind}_scale" not in state:
+            return state[kind]
+        if not decoded:
+            return torch.empty_like(state[kind], dtype=torch.float32, device="meta")
+        return decode(state[kind].cpu(), state[f"{kind}_scale"].cpu(), signed=kind == "exp_avg")
+
+    return {kind: numbers(kind) for kind in MOMENTS}
 
 
 def take_up(state: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor]) -> None:

@@ -56,14 +56,15 @@ class OptimizerState:
             return int(self.base.state.get(flat, {}).get("step", 0))
         return 0
 
-    def pieces(self, loading: bool = False) -> Iterator[Piece]:
+    def pieces(self, loading: bool = False, decoded: bool = True) -> Iterator[Piece]:
         """What this rank holds. A state that is not there yet, before the first update, is made: zero.
 
         loading: take up what was written to the pieces of a flat tensor, when the next one's are asked for.
+        decoded: see `readable`.
         """
         for flat, parts, group in self._flats():
             state = self._state(flat, group)
-            moments = readable(state)
+            moments = readable(state, decoded)
             kinds = {WEIGHT: flat.detach()} | moments
             for part in parts:
                 name = self.names[id(part.parameter)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tilestack.models.config_v4 import add_v4_keys
+from tilestack.models.files import sync_file
 from tilestack.models.hub_layout import matrices_of_experts, stored_name
 
 Part = tuple[str, int, torch.Tensor]  # a parameter's name, where in its first dimension the part begins, the part
@@ -37,8 +37,7 @@ def write_model(model: nn.Module, parts: Iterable[Part], folder: Path) -> None:
     def flush() -> None:
         path = folder / f".weights-{len(files):05d}.safetensors"
         save_file(waiting, path, metadata={"format": "pt"})
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+        sync_file(path)
         files.append(path)
         waiting.clear()
 
