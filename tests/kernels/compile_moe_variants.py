@@ -47,7 +47,7 @@ def chains(hidden=64, units=64, experts=4, routes=74):
 
     with offline._pretending("sm_90"), offline._recording("float32") as found:
         indices = (meta(experts + 1, dtype=torch.int32), *(meta(routes, dtype=torch.int32) for _ in range(2)))
-        grouped = triton_portable._Grouped(meta(routes // 2, hidden), experts, indices)
+        grouped = triton_portable._Grouped(meta(routes // 2, hidden), experts, indices, routes)
         grouped.multiply(meta(routes, 2 * units), meta(experts, 2 * units, hidden))
     (each,) = (each for each in found if each.kernel is triton_portable.moe_rows_kernel)
     source = each.kernel.ASTSource(each.kernel, each.signature, each.constexprs, each.attrs)

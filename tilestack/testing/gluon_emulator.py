@@ -595,8 +595,9 @@ def _load(pointer: Pointer, mask: torch.Tensor | None = None, other: Any = 0) ->
     if mask is None:
         return pointer.memory[pointer.offset]
     mask = mask.expand_as(pointer.offset)
-    found = pointer.memory[torch.where(mask, pointer.offset, 0)]
-    return torch.where(mask, found, torch.tensor(other, dtype=found.dtype))
+    found = torch.full(mask.shape, other, dtype=pointer.memory.dtype)
+    found[mask] = pointer.memory[pointer.offset[mask]]
+    return found
 
 
 def _atomic_add(pointer: Pointer, value: Any, mask: torch.Tensor | None = None, sem: str = "") -> torch.Tensor:
