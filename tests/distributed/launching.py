@@ -20,6 +20,19 @@ ROWS = ("1-rows", "1-experts-2-rows", "2-experts-2-rows", "3-rows")
 ALONE = "1"  # the setting that also runs in a single process
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
+
+
+def shared_folder(tmp_path_factory, name: str) -> Path:
+    """A folder of this session, the same one in all workers of pytest-xdist."""
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    folder = shared / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def once(folder: Path, name: str, make: Callable[[Path], None]) -> None:
     """Under pytest-xdist the workers share what is made here: the first one makes it, the others wait for the lock."""
     with (folder / f"{name}.lock").open("w") as lock:
@@ -31,9 +44,8 @@ def once(folder: Path, name: str, make: Callable[[Path], None]) -> None:
 
 def launch_two(folder: Path) -> None:
     prepare(folder)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    launch(*torchrun, worker.__file__, folder, *SETTINGS)
-    launch(*torchrun, worker.__file__, folder, *ROWS)
+    launch(*TORCHRUN, 2, worker.__file__, folder, *SETTINGS)
+    launch(*TORCHRUN, 2, worker.__file__, folder, *ROWS)
     (folder / "alone").mkdir()
     prepare(folder / "alone")
     launch(worker.__file__, folder / "alone", ALONE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distributed import four_worker, worker
-from distributed.launching import launch, once, one_process, results
+from distributed.launching import TORCHRUN, launch, once, one_process, results
 from distributed.tiny import tiny_config
 from tilestack.bench.equality import exported, same_bits
 from tilestack.models import drawn, materialise
@@ -18,7 +18,7 @@ def launch_four(folder):
     model, weights = drawn(tiny_config(**LARGE), torch.float32, seed=0)
     materialise(model, weights, torch.device("cpu"))
     model.save_pretrained(folder / "large")
-    launch("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", RANKS, four_worker.__file__, folder)
+    launch(*TORCHRUN, RANKS, four_worker.__file__, folder)
 
 
 @pytest.fixture(scope="module")

@@ -1,22 +1,18 @@
 """Every way of keeping the optimizer's state, in one process and under DeepSpeed on two (gloo, CPU)."""
 
-import fcntl
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from distributed import states_worker as worker
+from distributed.launching import TORCHRUN, launch, once, shared_folder
 from distributed.tiny import global_step, tiny_config, tiny_model
 from tilestack.distributed import DistributedConfig, OptimizerConfig, SettingsError, make_engine
 from tilestack.distributed.memory_model import Training, memory
 from tilestack.kernels.adamw.eight_bits import scales_of
 
-ROOT = Path(__file__).parents[2]
 SETTINGS = (
     "2",
     "0-8bit",
@@ -37,22 +33,9 @@ LOCAL = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
-    """One launch for all settings; under pytest-xdist the workers share it."""
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    folder = shared / "states"
-    folder.mkdir(exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "1.json").exists():
-            paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-            command = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-            done = subprocess.run(
-                [*command, worker.__file__, str(folder), *SETTINGS], capture_output=True, text=True, timeout=540,
-                env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    """One launch for all settings."""
+    folder = shared_folder(tmp_path_factory, "states")
+    once(folder, "states", lambda folder: launch(*TORCHRUN, 2, worker.__file__, folder, *SETTINGS))
     return folder
 
 

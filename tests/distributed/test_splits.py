@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distributed import splits_worker
-from distributed.launching import launch
+from distributed.launching import TORCHRUN, launch
 from tilestack.distributed import DistributedConfig
 
 # ZeRO stage, ranks that share the experts, ranks that share the rows: experts are split with stages 1 and 2 alone
@@ -32,8 +32,7 @@ def check(found: dict, alone: dict) -> None:
 
 def run(folder, processes: int, splits: list[tuple[int, int, int]]) -> dict[str, dict]:
     names = ["-".join(map(str, split)) for split in splits]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes)
-    launch(*torchrun, splits_worker.__file__, folder / "found.pt", *names)
+    launch(*TORCHRUN, processes, splits_worker.__file__, folder / "found.pt", *names)
     return torch.load(folder / "found.pt")
 
 
