@@ -68,6 +68,16 @@ def _narrowed(x, element: tl.constexpr, random, STOCHASTIC: tl.constexpr):
 
 
 @triton.jit
+def _store_weights(param_ptr, master_ptr, offs, weights, one, two, mask, STOCHASTIC: tl.constexpr):
+    if master_ptr is None:  # the bits of the two words that the moments have not used
+        random = ((one & 0xFFF) << 4) | (two & 0xF)
+        tl.store(param_ptr + offs, _narrowed(weights, param_ptr.dtype.element_ty, random, STOCHASTIC), mask=mask)
+    else:
+        tl.store(param_ptr + offs, weights.to(param_ptr.dtype.element_ty), mask=mask)
+        tl.store(master_ptr + offs, weights, mask=mask)
+
+
+@triton.jit
 def _updated(
     grad, exp_avg, exp_avg_sq, weights, one_minus_beta1, beta2, one_minus_beta2, decay, step_size, correction2_sqrt, eps
 ):
@@ -109,12 +119,7 @@ def adamw_kernel(
     tl.store(exp_avg_ptr + offs, _narrowed(exp_avg, exp_avg_ptr.dtype.element_ty, one >> 16, STOCHASTIC), mask=mask)
     second = _narrowed(exp_avg_sq, exp_avg_sq_ptr.dtype.element_ty, two >> 16, STOCHASTIC)
     tl.store(exp_avg_sq_ptr + offs, second, mask=mask)
-    if master_ptr is None:
-        low = ((one & 0xFFF) << 4) | (two & 0xF)
-        tl.store(param_ptr + offs, _narrowed(weights, param_ptr.dtype.element_ty, low, STOCHASTIC), mask=mask)
-    else:
-        tl.store(param_ptr + offs, weights.to(param_ptr.dtype.element_ty), mask=mask)
-        tl.store(master_ptr + offs, weights, mask=mask)
+    _store_weights(param_ptr, master_ptr, offs, weights, one, two, mask, STOCHASTIC)
 
 
 @triton.jit
@@ -184,12 +189,7 @@ def adamw_8bit_kernel(
     tl.store(exp_avg_sq_ptr + offs, codes.to(tl.uint8), mask=mask)
     tl.store(exp_avg_sq_scale_ptr + row, second_scale, mask=row_mask)
 
-    if master_ptr is None:
-        random = ((one & 0xFFF) << 4) | (two & 0xF)
-        tl.store(param_ptr + offs, _narrowed(weights, param_ptr.dtype.element_ty, random, STOCHASTIC), mask=mask)
-    else:
-        tl.store(param_ptr + offs, weights.to(param_ptr.dtype.element_ty), mask=mask)
-        tl.store(master_ptr + offs, weights, mask=mask)
+    _store_weights(param_ptr, master_ptr, offs, weights, one, two, mask, STOCHASTIC)
 
 
 def update(
