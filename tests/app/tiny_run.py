@@ -93,10 +93,12 @@ def numbers(run: Path) -> list[tuple]:
 
 
 def python(*words: str, also: dict[str, str] | None = None, **options) -> subprocess.Popen:
-    """A Python process of our own, in the repository, alone (not under torchrun), with these variables also."""
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
+    """A Python process of our own, in the repository, alone (not under torchrun), with these variables also.
+
+    Without those that an engine of this very process left behind: tasks told of port 0 would wait for each other.
+    """
+    launched = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in launched}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (also or {})
     return subprocess.Popen(
         [sys.executable, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

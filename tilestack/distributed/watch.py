@@ -87,8 +87,10 @@ class Watch:
         self._closed = threading.Event()
         if world_size == 1:
             return
-        failure = self._join(gather)
-        if any(gather(failure)):  # a ring with a hole would take the hole for a death: all watch, or none
+        with socket.create_server(("", 0)) as listener:  # open until all have joined, or a rank would be refused
+            failure = self._join(listener, gather)
+            incomplete = any(gather(failure))
+        if incomplete:  # a ring with a hole would take the hole for a death: all watch, or none
             for connection in (self._next, self._before):
                 if connection is not None:
                     connection.close()
@@ -98,18 +100,17 @@ class Watch:
             return
         threading.Thread(target=self._run, name="tilestack watch", daemon=True).start()
 
-    def _join(self, gather: Callable[[str], list[str]]) -> str:
+    def _join(self, listener: socket.socket, gather: Callable[[str], list[str]]) -> str:
         """Connect to the next rank and let the one before connect; returns why that failed, if it did."""
-        with socket.create_server(("", 0)) as listener:
-            word = secrets.token_hex(8)
-            own = Peer(_addresses(), listener.getsockname()[1], word, socket.gethostname(), os.getpid())
-            peers = [Peer(**json.loads(each)) for each in gather(json.dumps(dataclasses.asdict(own)))]
-            self._next_peer = peers[self._next_rank]
-            try:
-                self._next = _connect(self._next_peer)
-                self._before = _accept(listener, word)
-            except OSError as error:
-                return str(error) or type(error).__name__
+        word = secrets.token_hex(8)
+        own = Peer(_addresses(), listener.getsockname()[1], word, socket.gethostname(), os.getpid())
+        peers = [Peer(**json.loads(each)) for each in gather(json.dumps(dataclasses.asdict(own)))]
+        self._next_peer = peers[self._next_rank]
+        try:
+            self._next = _connect(self._next_peer)
+            self._before = _accept(listener, word)
+        except OSError as error:
+            return str(error) or type(error).__name__
         return ""
 
     def at(self, doing: str) -> None:
