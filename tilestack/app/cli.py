@@ -1,4 +1,7 @@
-"""The installed command `tilestack`: one word more than train.py."""
+"""The installed command `tilestack`: one word more than train.py.
+
+What a command needs is imported when it runs: torch and transformers take seconds, and help needs neither.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,11 @@ import difflib
 import importlib
 import runpy
 import sys
+from collections.abc import Callable
 
+from tilestack.app import usage
 from tilestack.app.errors import UserError, reported
-from tilestack.app.presets import home
 
-USAGE = """usage: tilestack COMMAND [options]
-
-  train     train a Qwen3-MoE; the same as python train.py
-  explain   show, for a configuration and this machine, which kernel each op runs and why not another
-  plan      what a training holds of the GPUs' memory, and which configurations fit, fastest first
-  trace     run a few training steps and draw what really ran: ops, kernels, rates, a timeline
-  doctor    is this machine ready to train, and what to do if it is not
-  report    one page about a run: losses, speed, checkpoints, sample
-  bench     time the kernels and the training step beside their rivals, on a GPU
-
-tilestack COMMAND --help says more."""
 MODULES = {
     "explain": "tilestack.app.explain",
     "plan": "tilestack.app.plan.command",
@@ -29,21 +22,40 @@ MODULES = {
     "report": "tilestack.app.report",
     "bench": "tilestack.bench.cli",
 }
+HELP = ("-h", "--help")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     words = sys.argv[1:] if argv is None else argv
     with reported():
-        if not words or words[0] in ("-h", "--help"):
-            print(USAGE)
+        if not words or words[0] in HELP:
+            print(usage.TILESTACK)
             return 0
         command, options = words[0], words[1:]
-        if command == "train":
-            runpy.run_path(str(home() / "train.py"))["main"](options, prog="tilestack train")
+        if command not in ("train", *MODULES):
+            close = difflib.get_close_matches(command, ["train", *MODULES], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"unknown command {command!r}{hint}\n{usage.TILESTACK}")
+        if command in usage.COMMANDS and (set(HELP) & set(options) or command == "report" and not options):
+            print(usage.COMMANDS[command])
             return 0
-        if command in MODULES:
-            return importlib.import_module(MODULES[command]).main(options) or 0
-        close = difflib.get_close_matches(command, ["train", *MODULES], n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"unknown command {command!r}{hint}\n{USAGE}")
+        return _loaded(command)(options) or 0
+
+
+def _loaded(command: str) -> Callable[[list[str]], int | None]:
+    """The function that runs a command. Raises UserError if a package that it needs is missing, or a wrong version."""
+    try:
+        if command != "train":
+            return importlib.import_module(MODULES[command]).main
+        from tilestack.app.presets import home
+
+        train = runpy.run_path(str(home() / "train.py"))["main"]
+        return lambda options: train(options, prog="tilestack train")
+    except ImportError as error:
+        if (error.name or "tilestack").startswith("tilestack"):
+            raise
+        raise UserError(
+            f"tilestack {command} cannot start: {error}; what it needs, in the right versions: "
+            "pip install 'tilestack[train]'"
+        ) from None

@@ -27,11 +27,6 @@ from tilestack.kernels import ops, rms_norm
 from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Implementation
 
-USAGE = """usage: tilestack doctor
-
-Looks at what a training needs of this machine: packages and their versions, the GPU and which kernels are written for
-it, the C compiler with which Triton makes its launchers, DeepSpeed, memory and disk; runs one kernel. Changes nothing.
-Exits with 0 if a training can start here, with 1 if something must be mended first."""
 FINE, NOTE, BROKEN = "ok", "note", "broken"
 MARKS = {FINE: "[green]ok[/]", NOTE: "[yellow]note[/]", BROKEN: "[bold red]broken[/]"}
 LEAST_DISK_GIB = 5
@@ -54,9 +49,6 @@ class Finding:
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code. Raises UserError for options, of which there are none."""
-    if "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return 0
     if argv:
         raise UserError(f"tilestack doctor takes no options, got {argv[0]!r}")
     findings = list(examine())

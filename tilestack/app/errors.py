@@ -8,11 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from tilestack.distributed import CheckpointError, LaunchError, SettingsError
-from tilestack.kernels import UnsupportedError
-
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -34,21 +29,33 @@ def reported() -> Iterator[None]:
     """Print what people can mend as one message and exit (2, or 130 after Ctrl-C); let bugs keep their traceback."""
     try:
         yield
-    except (UserError, CheckpointError, LaunchError, SettingsError, UnsupportedError) as error:
-        _leave(f"error: {error}", EXIT_USER_ERROR)
     except StoppedError as error:
         _leave(str(error), EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         _leave("interrupted; nothing was saved after the last checkpoint of the run, if it had one", EXIT_INTERRUPTED)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        needed = out_of_memory(error)
-        if needed is None:
+    except Exception as error:
+        message = _in_words(error)
+        if message is None:
             raise
-        _leave(f"error: {needed}", EXIT_USER_ERROR)
+        _leave(f"error: {message}", EXIT_USER_ERROR)
+
+
+def _in_words(error: Exception) -> str | None:
+    """What people are told of an error that they can mend; None for a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    from tilestack.distributed import CheckpointError, LaunchError, SettingsError  # late: with torch and transformers
+    from tilestack.kernels import UnsupportedError
+
+    if isinstance(error, CheckpointError | LaunchError | SettingsError | UnsupportedError):
+        return str(error)
+    return out_of_memory(error)
 
 
 def out_of_memory(error: BaseException) -> str | None:
     """What to say if `error` means that memory ran out, else None."""
+    import torch  # late: it takes seconds, and most messages need none of it
+
     text = str(error)
     cpu = "DefaultCPUAllocator" in text or isinstance(error, MemoryError)
     if not cpu and not isinstance(error, torch.OutOfMemoryError):

@@ -34,13 +34,6 @@ from tilestack.kernels.sort_routes.op import SortRoutesParams
 from tilestack.kernels.swiglu.op import SwiGLUParams
 from tilestack.models.flops import active_parameters
 
-USAGE = """usage: tilestack explain [--config FILE] [--device sm_90] [--GROUP.KEY VALUE ...]
-
-Shows what a training run with this configuration would be made of, and which kernel each op would run.
-
-  --device NAME   ask for another machine: cpu, an NVIDIA architecture (sm_80, sm_90, ...) or an AMD one (gfx942, ...);
-                  which packages are installed is still a matter of this machine
-  others          the options of tilestack train"""
 ARROW = "        |"
 FOLDERS = {
     "APPLICATION": "train.py, tilestack/app/",
@@ -53,9 +46,6 @@ FOLDERS = {
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code. Raises UserError for wrong input."""
-    if "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return 0
     name, rest = take_option(argv, "device")
     config, _ = configure(rest, prog="tilestack explain")
     print(explain(config, Device.current() if name is None else named_device(name)))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
 import tilestack
 from tilestack.app.errors import UserError
 
@@ -22,4 +20,6 @@ def home() -> Path:
 
 def preset() -> Path:
     """The configuration that `train.py` takes when none is named."""
+    import torch
+
     return home() / "configs" / ("small-gpu.yaml" if torch.cuda.is_available() else "tiny-cpu.yaml")

@@ -15,24 +15,14 @@ from tilestack.app.files import write_text
 from tilestack.app.html import Line, card, chart, document
 from tilestack.app.metrics import MetricsFile
 from tilestack.app.start import CONFIG, Run
-
-USAGE = """usage: tilestack report RUN [--out FILE]
-
-Writes one page about a run that is under way or done: its losses, speed, memory, checkpoints, configuration and sample,
-in a single HTML file that needs nothing from elsewhere.
-
-  RUN          the folder of a run, or 'latest' for the newest one in runs/
-  --out FILE   where the page goes (default: report.html in the run's folder)"""
+from tilestack.app.usage import REPORT
 
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code. Raises UserError for wrong input."""
-    if "-h" in argv or "--help" in argv or not argv:
-        print(USAGE)
-        return 0
     name, *rest = argv
     if rest and (len(rest) != 2 or rest[0] != "--out") or name.startswith("-"):
-        raise UserError(f"tilestack report takes the folder of a run and --out FILE, got {' '.join(argv)!r}\n{USAGE}")
+        raise UserError(f"tilestack report takes the folder of a run and --out FILE, got {' '.join(argv)!r}\n{REPORT}")
     run = Run(_find(name))
     path = Path(rest[1]) if rest else run.folder / "report.html"
     text = report(run)

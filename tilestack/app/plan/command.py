@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from tilestack.app.config import Config, check
 from tilestack.app.errors import UserError
 from tilestack.app.parse import take_option
-from tilestack.app.plan.models import SHAPES, planned_model
+from tilestack.app.plan.models import planned_model
 from tilestack.app.plan.proposals import Plan, plan, proposals, training_of
 from tilestack.app.plan.show import show_plan, show_proposals
 from tilestack.app.start import configure
@@ -24,38 +24,9 @@ from tilestack.distributed.memory_model import GIB
 GPUS = {"H100": 79.2, "H200": 139.8, "A100": 79.2}
 HOW = ("dtype", "activation_checkpointing", "activation_offload")  # keys of the model that are no sizes
 
-USAGE = f"""usage: tilestack plan [--model NAME] [--gpus N] [--gpu TYPE] [--json] [--config FILE] [--GROUP.KEY VALUE]
-
-Predicts, before anything is built, what a training holds of each GPU's memory, part by part, and how long a step takes.
-With a configuration (--config, or keys that say how to train) it plans that one; without, it proposes configurations
-that fit, fastest first, each with the options that give it.
-
-  --model NAME      {", ".join(SHAPES)}, or a folder or hub name with a config.json; weights are not needed;
-                    default: the model of the configuration
-  --layers N        in place of the model's own number
-  --gpus N          how many (default: those of this machine, else 1)
-  --gpu TYPE        {", ".join(GPUS)} (80 GB), or memory as 80GB or 79.2GiB (default: those of this machine, else H100)
-  --seqlen N        of proposals: tokens of a document (default 4096)
-  --step-tokens N   of proposals: tokens of a step, over all GPUs (default 16,384 a GPU)
-  --json            all figures, in bytes and milliseconds
-  others            the options of tilestack train
-
-examples:
-  tilestack plan --model Qwen3-30B-A3B --gpus 4 --gpu H100
-  tilestack plan --model Qwen3-30B-A3B --gpus 4 --gpu H200 --model.dtype bfloat16 --data.sequence_length 4096 \\
-      --data.micro_batch_tokens 4096 --train.micro_batches 4 --distributed.expert_parallel 4 \\
-      --model.activation_checkpointing full
-  tilestack plan --config my.yaml --gpus 8
-
-Times are of a model with rates that were measured on an H100 (docs/scaling.md), whatever --gpu is. Memory was compared
-with measurements: docs/training.md says where and how close."""
-
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code: 0 if the configuration fits or some were found, else 1."""
-    if "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return 0
     as_json, rest = "--json" in argv, [word for word in argv if word != "--json"]
     asked: dict[str, str | None] = {}
     for name in ("model", "layers", "gpus", "gpu", "seqlen", "step-tokens"):

@@ -20,36 +20,9 @@ from tilestack.app.trace.session import RIVAL, trace
 from tilestack.app.trace.terminal import Progress, show
 from tilestack.distributed import start
 
-USAGE = """usage: tilestack trace [--config FILE] [--compare transformers] [--steps N] [--GROUP.KEY VALUE ...]
-
-Runs a few training steps of a configuration under torch's profiler and draws the design's picture with what really
-ran: for each box of the stack its ops and who computes them, their kernels (tilestack's, cuBLAS, cuDNN, NCCL, PyTorch's
-own), time, share, and the rates that they reach beside those that this device reaches for a matrix product and a copy.
-Needs no GPU: on a CPU the operators of PyTorch take the place of kernels.
-
-  --compare transformers   run plain transformers too: its untouched model on the same weights, data and optimizer
-  --steps N                steps under the profiler whose means are reported (default 3); one more is thrown away
-  --warmup N               steps before any other (default 3), the first compiles the kernels; then five are timed
-                           without the profiler
-  --out FOLDER             where trace.html and trace.json go (default: a new folder in output.folder)
-  others                   the options of tilestack train
-
-examples:
-  tilestack trace                                          the preset for this machine
-  tilestack trace --config my.yaml --compare transformers
-  tilestack trace --data.micro_batch_tokens 8192 --model.activation_checkpointing full
-  torchrun --nproc-per-node 2 --no-python tilestack trace --distributed.zero 2     the first process is traced
-
-How to read it: shares are of the time in which the device works, so they add up to 100%; what the profile cannot place
-is in a box of its own. "of ceiling" is the least time that the arithmetic or the traffic of an op allows on this
-device, over the time that it took. The profiler slows the host: the time of a step without it stands beside."""
-
 
 def main(argv: list[str]) -> int:
     """The command line; returns the exit code. Raises UserError for wrong input."""
-    if "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return 0
     command = shlex.join(["tilestack", "trace", *argv])
     compare, argv = take_option(argv, "compare")
     if compare not in (None, RIVAL):
