@@ -13,6 +13,7 @@ from tilestack.app.errors import UserError, reported
 from tilestack.app.model import check_model
 from tilestack.app.trackers import check_trackers
 from tilestack.distributed import DistributedConfig, SettingsError
+from tilestack.kernels.device import Device
 
 
 @pytest.fixture
@@ -42,6 +43,8 @@ def refused(run_train, capsys, tmp_path):
         (["--lr", "1"], "unknown key --lr; did you mean --optimizer.lr?"),
         (["--train.steps", "1.5"], "train.steps must be a whole number, got '1.5'"),
         (["--optimizer.lr=fast"], "optimizer.lr must be a number, got 'fast'"),
+        (["--optimizer.lr"], "--optimizer.lr needs a value: a number"),
+        (["--output.export", "--train.steps", "2"], "--output.export needs a value: true or false"),
         (["--model.dtype", "float16"], "model.dtype must be one of float32, bfloat16, got 'float16'"),
         (["--model.activation_offload", "2"], "model.activation_offload must be true or false, got '2'"),
         (["--model.activation_offload", "true"], "set model.activation_checkpointing to selective or full too"),
@@ -51,6 +54,7 @@ def refused(run_train, capsys, tmp_path):
         (["--model.heads", "3"], "model.heads = 3 must be a multiple of model.kv_heads = 2"),
         (["--model.experts_per_token", "17"], "model.experts_per_token = 17 is more than model.experts = 16"),
         (["--data.sequence_length", "65"], "data.sequence_length = 65 is longer than the model's positions"),
+        (["--model.rope_theta", "0"], "model.rope_theta must be a finite number above 0, got 0.0"),
         (["--kernels.attention", "sdpaa"], "attention='sdpaa' is not one of"),
         (["--config", "nowhere.yaml"], "configuration file nowhere.yaml does not exist"),
         (["--config"], "--config needs a value"),
@@ -80,7 +84,9 @@ def test_wrong_words_on_the_command_line(words, message, refused, tmp_path):
         ("optimizer: {lr: fast}", "optimizer.lr must be a number, got 'fast'"),
         ("train: {steps: null}", "train.steps must be a whole number, got null"),
         ("- 1", "must hold 'group:' and 'key: value' lines"),
-        ("a: b: c", "tiny.yaml cannot be read"),
+        ("a: b: c", "tiny.yaml:1 cannot be read: mapping values are not allowed here"),
+        ("train: {steps: 4", "tiny.yaml:1 cannot be read: expected ',' or '}'"),
+        ("train: {steps: 4}\ntrain: {seed: 1}", "tiny.yaml:2 cannot be read: the key train is there a second time"),
     ],
 )
 def test_wrong_lines_in_the_configuration_file(text, message, refused, tmp_path):
@@ -139,6 +145,25 @@ def test_a_checkpoint_of_another_architecture(export, refused, tmp_path):
     config = json.loads((export / "config.json").read_text())
     (export / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))
     assert "'llama'" in refused("--config", write_config(tmp_path), "--model.path", export)
+
+
+def test_a_folder_that_holds_neither_a_model_nor_a_tokenizer(refused, tmp_path):
+    config, empty = write_config(tmp_path), tmp_path / "empty"
+    empty.mkdir()
+    assert f"{empty}/config.json: missing" in refused("--config", config, "--model.path", empty)
+    assert "the folder has no tokenizer.json" in refused("--config", config, "--data.tokenizer", empty)
+
+
+def test_a_kernel_that_this_machine_cannot_run_is_refused_before_there_is_a_folder(refused, tmp_path, monkeypatch):
+    words = ("--config", write_config(tmp_path), "--kernels.attention", "tilestack")
+    monkeypatch.setattr(Device, "current", lambda: Device("cpu", "cpu", "cpu"))
+    assert "kernels.attention: 'tilestack' cannot run here: runs on cuda" in refused(*words)
+
+
+def test_a_checkpoint_whose_configuration_was_cut_short(export, refused, tmp_path):
+    _truncate(export / "config.json")
+    message = refused("--config", write_config(tmp_path), "--model.path", export)
+    assert f"{export}/config.json: not a JSON object" in message
 
 
 def test_a_sequence_longer_than_the_checkpoints_positions(export, refused, tmp_path):

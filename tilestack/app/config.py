@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -216,6 +217,8 @@ def _check_sizes(model: ModelConfig) -> None:
     for key in [*sizes, "max_positions"]:
         if getattr(model, key) < 1:
             raise UserError(f"model.{key} must be at least 1, got {getattr(model, key)}")
+    if not 0 < model.rope_theta < math.inf:
+        raise UserError(f"model.rope_theta must be a finite number above 0, got {model.rope_theta}")
     if model.heads % model.kv_heads:
         raise UserError(f"model.heads = {model.heads} must be a multiple of model.kv_heads = {model.kv_heads}")
     if model.head_dim % 2:

@@ -11,6 +11,7 @@ from tilestack import Qwen3MoeForCausalLM
 from tilestack.app.config import Config, ModelConfig, check_positions
 from tilestack.app.errors import UserError
 from tilestack.distributed import deepspeed_settings
+from tilestack.kernels.device import Device
 from tilestack.models import Weights, drawn, pretrained
 from tilestack.models.loading import MODEL_TYPE, check_folder
 
@@ -34,8 +35,10 @@ def build(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[Qwen3MoeF
 def check_model(config: Config) -> None:
     """Raise UserError if model.path is given and cannot be trained: missing, broken, another model, too short.
 
-    Raises SettingsError if the model cannot be split over the processes as asked.
+    Raises SettingsError if the model cannot be split over the processes as asked, UnsupportedError for a kernel that
+    cannot run on this machine.
     """
+    config.kernels.check(Device.current())
     path = config.model.path
     shape = new_config(config.model, config.data.vocab_size, 0) if path is None else checkpoint_config(path)
     if path is not None:

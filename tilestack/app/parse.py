@@ -101,11 +101,14 @@ def take_option(argv: list[str], name: str) -> tuple[str | None, list[str]]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError if there is none."""
+    """The mapping in a YAML file. Raises UserError if there is none, or if it has a key twice."""
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), _EachKeyOnce)
     except FileNotFoundError:
         raise UserError(f"configuration file {path} does not exist") from None
+    except yaml.MarkedYAMLError as error:
+        place = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"configuration file {path}{place} cannot be read: {error.problem or error.context}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"configuration file {path} cannot be read: {error}") from None
     if tree is None:
@@ -113,6 +116,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"configuration file {path} must hold 'group:' and 'key: value' lines, got {tree!r}")
     return tree
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """Plain values only, as SafeLoader; but of a key that is there twice, that would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                problem = f"the key {key.value} is there a second time; put all of it in one place"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def check_tree(tree: Mapping[str, Any], where: str) -> None:
@@ -165,19 +181,26 @@ def _plain(value: Any) -> Any:
 
 def _check_options(argv: list[str]) -> None:
     known = keys()
-    expects_value = False
+    waiting = None  # the key whose value comes next
     for word in argv:
         if word in ("-h", "--help"):
             continue
         if word.startswith("--"):
+            _check_nothing_waits(waiting)
             name = word[2:].split("=", 1)[0]
             if name not in known:
                 raise UserError(_unknown(name, [*known, "config", "resume", "help"], dashes="--"))
-            expects_value = "=" not in word
-        elif expects_value:
-            expects_value = False
+            waiting = None if "=" in word else name
+        elif waiting is not None:
+            waiting = None
         else:
             raise UserError(f"{word!r} belongs to no option; options are written --group.key value")
+    _check_nothing_waits(waiting)
+
+
+def _check_nothing_waits(key: str | None) -> None:
+    if key is not None:
+        raise UserError(f"--{key} needs a value: {_type_in_words(_type_of(key))}")
 
 
 def _unknown(name: str, known: list[str], dashes: str = "") -> str:

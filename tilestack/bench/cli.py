@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"wrote {path}")
         return 0
     if not torch.cuda.is_available():
-        print("tilestack bench: no GPU on this machine; a benchmark here would time Triton's interpreter")
+        print("error: tilestack bench needs a GPU; here it would time Triton's interpreter", file=sys.stderr)
         return 2
     results.measured_commit = arguments.commit
     path = _run(arguments)

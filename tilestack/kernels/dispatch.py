@@ -198,14 +198,20 @@ class Op:
 
     def refuses(self, implementation: Implementation, call: Call) -> str | None:
         """None if `implementation` takes the call, else the reason why it does not."""
+        reason = self.refuses_machine(implementation, call.device)
+        if reason is not None:
+            return reason
+        module = self._registered[implementation.name].module
+        if call.backward_alone and module.AUXILIARY:
+            return f"needs {', '.join(module.AUXILIARY)} of its own forward"
+        return module.refuses(call)
+
+    def refuses_machine(self, implementation: Implementation, device: Device) -> str | None:
+        """None if `implementation` runs on the device and its packages are installed, else the reason."""
         missing = self._missing[implementation.name]
         if missing:
             return f"needs the package {missing}, which is not installed"
-        reason = implementation.refuses_machine(call.device)
-        module = self._registered[implementation.name].module
-        if reason is None and call.backward_alone and module.AUXILIARY:
-            reason = f"needs {', '.join(module.AUXILIARY)} of its own forward"
-        return reason or module.refuses(call)
+        return implementation.refuses_machine(device)
 
     def reasons(self, call: Call) -> dict[str, str | None]:
         """For every implementation: None if it takes the call, else why it refuses."""

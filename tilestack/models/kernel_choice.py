@@ -6,7 +6,8 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from tilestack.kernels import ops
+from tilestack.kernels import UnsupportedError, ops
+from tilestack.kernels.device import Device
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class KernelChoice:
             names = ["auto", *(each.name for each in ops()[op].implementations)]
             if name not in names:
                 raise ValueError(f"kernels: {op}={name!r} is not one of {_listed(names)}{_nearest(name, names)}")
+
+    def check(self, device: Device) -> None:
+        """Raise UnsupportedError if an implementation that is named cannot run on the device, whatever the call."""
+        for op, name in asdict(self).items():
+            for each in ops()[op].implementations:
+                reason = ops()[op].refuses_machine(each, device) if each.name == name else None
+                if reason:
+                    raise UnsupportedError(f"kernels.{op}: {name!r} cannot run here: {reason}")
 
     @staticmethod
     def of(choice: KernelChoice | Mapping[str, str] | None) -> KernelChoice:

@@ -13,13 +13,18 @@ MODEL_TYPE = "qwen3_moe"
 def check_folder(folder: Path) -> None:
     """Look at a checkpoint on this machine before anything is loaded: architecture, and every shard's header.
 
-    Raises ValueError for another architecture or a shard that is missing, truncated or no safetensors file.
+    Raises ValueError for another architecture, a config.json that is missing or broken, or a shard that is missing,
+    truncated or no safetensors file.
     """
     config = folder / "config.json"
-    if config.exists():
-        model_type = json.loads(config.read_text()).get("model_type")
-        if model_type != MODEL_TYPE:
-            raise ValueError(f"{config}: model_type must be {MODEL_TYPE!r}, got {model_type!r}: another architecture")
+    if not config.exists():
+        raise ValueError(f"{config}: missing, so {folder} is no checkpoint in Hugging Face format")
+    try:
+        model_type = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{config}: not a JSON object ({error}); copy it again") from None
+    if model_type != MODEL_TYPE:
+        raise ValueError(f"{config}: model_type must be {MODEL_TYPE!r}, got {model_type!r}: another architecture")
     for shard in shards(folder):
         if not shard.exists():
             raise ValueError(f"{shard}: missing, but {folder / 'model.safetensors.index.json'} lists it; copy it again")

@@ -42,7 +42,7 @@ class Source(Protocol):
 def open_source(config: DataConfig) -> Source:
     """The source that the configuration names. Raises UserError if it is missing, empty, or broken."""
     if config.source == "pydoc":
-        return Indexed(_PydocTopics(), config.eval_documents, "the pydoc topics")
+        return Indexed(_PydocTopics(), config.eval_documents, config.source)
     path = Path(config.source)
     if path.exists():
         return _open_files(_files(path), config)

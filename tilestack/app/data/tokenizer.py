@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -24,7 +25,9 @@ def open_tokenizer(data: DataConfig, model_path: str | None, source: Source) -> 
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises its libraries' many kinds
         where = "data.tokenizer" if data.tokenizer else "model.path"
-        raise UserError(f"{where}: no tokenizer can be read from {name}: {error}") from None
+        empty = Path(name).is_dir() and not any(Path(name).glob("*token*"))
+        why = "the folder has no tokenizer.json" if empty else error
+        raise UserError(f"{where}: no tokenizer can be read from {name}: {why}") from None
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name} has no end-of-text token (eos_token) to put between documents")
     return tokenizer
