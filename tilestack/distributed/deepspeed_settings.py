@@ -15,6 +15,16 @@ DEFAULT_STAGE = 2
 UPDATED_TOGETHER = 1 << 28  # parameters, whose gradients DeepSpeed copies while it updates them
 
 
+def group_sizes(alike: int, numel: int, ranks: int) -> list[int]:
+    """ZeRO-2's groups of `alike` weights of one shape, `numel` elements each: how many weights each group has.
+
+    As many as give each of `ranks` ranks whole ones; what the sizes lack of `alike` is left over. DeepSpeed keeps the
+    gradient of a weight that a boundary cuts whole on both sides, and copies a group's gradients while it updates it.
+    """
+    whole, together = alike // ranks * ranks, ranks * max(1, UPDATED_TOGETHER // numel)
+    return [min(together, whole - begin) for begin in range(0, whole, together)]
+
+
 def deepspeed_settings(
     distributed: DistributedConfig,
     optimizer: OptimizerConfig,
