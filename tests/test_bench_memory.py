@@ -9,6 +9,7 @@ from distributed.tiny import tiny_config
 from tilestack.bench import adamw, memory
 from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table, steps_with_peaks, timed_block
 from tilestack.bench.results import read
+from tilestack.bench.step import qwen3_30b_a3b
 from tilestack.bench.tables import result_files
 from tilestack.distributed.memory_model import GIB
 
@@ -37,6 +38,32 @@ def test_a_measurement_notes_every_stage_of_a_step(monkeypatch):
     found = memory.measure(case, tiny_config())
     stages = {"forward", "backward", "gradient norm", "optimizer", "peak", "ms"}
     assert stages <= found.keys()
+
+
+def test_no_weight_has_memory_before_the_engine_gives_a_rank_its_part(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    given = []
+
+    def make_engine(model, *arguments):
+        given.append({each.device.type for each in model.parameters()})
+        raise InterruptedError
+
+    monkeypatch.setattr("tilestack.distributed.make_engine", make_engine)
+    for case in memory.FULL:
+        with pytest.raises(InterruptedError):
+            memory.measure(
+                dataclasses.replace(case, gpus=1, zero=None, expert_parallel=1, offload=False), qwen3_30b_a3b(48)
+            )
+    assert given == [{"meta"}] * len(memory.FULL)
+
+
+def test_weights_drawn_in_place_are_those_of_the_name_and_the_part():
+    source, parts = memory._DrawnInPlace(0.02), [torch.empty(1000) for _ in range(4)]
+    places = [("layers.0.mlp.gate_up_proj", 0), ("layers.0.mlp.gate_up_proj", 0), ("layers.0.mlp.gate_up_proj", 1000)]
+    for target, place in zip(parts, [*places, ("layers.0.input_layernorm.weight", 0)], strict=True):
+        source.fill(*place, target)
+    assert torch.equal(parts[0], parts[1]) and not torch.equal(parts[0], parts[2])
+    assert 0.018 < parts[0].std() < 0.022 and torch.equal(parts[3], torch.ones(1000))
 
 
 def test_tables_have_a_line_for_each_case_also_for_one_that_failed():
