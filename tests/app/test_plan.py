@@ -109,7 +109,15 @@ def test_more_of_everything_needs_more_memory(qwen):
 def test_a_configuration_is_planned_part_by_part(capsys):
     words = "--model Qwen3-30B-A3B --gpus 4 --gpu H200 --model.dtype bfloat16 --data.sequence_length 512 "
     text = said(capsys, words + "--train.micro_batches 4 --distributed.expert_parallel 4 --optimizer.moments 8bit")
-    for line in ("weights", "master weights", "moments", "gradients", "layer at work", "It fits", "TFLOP/s a GPU"):
+    for line in (
+        "weights",
+        "master weights",
+        "moments",
+        "gradients on their way",
+        "activations",
+        "It fits",
+        "TFLOP/s a GPU",
+    ):
         assert line in text
     code = main(["plan", *words.replace("H200", "40GB").split(), "--train.micro_batches", "4"])
     assert code == 1 and "does not fit" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer
 
 from app.tiny_run import write_config
@@ -14,18 +15,20 @@ from tilestack.app.config import Config
 from tilestack.app.errors import UserError
 from tilestack.app.explain import named_device, training_calls
 from tilestack.app.model import new_config
-from tilestack.app.parse import to_plain
+from tilestack.app.parse import from_tree, to_plain
 from tilestack.app.start import configure
 from tilestack.app.trace import command, events, session
 from tilestack.app.trace.attribution import KERNELS, LAYERS, OTHER
 from tilestack.app.trace.page import page
+from tilestack.app.trace.rates import Rates
 from tilestack.app.trace.recording import MODULE, module_ranges
 from tilestack.app.trace.rival import as_transformers_likes_it
 from tilestack.app.trace.words import compared, milliseconds, percent
 from tilestack.bench import tables
 from tilestack.bench import trace as bench
 from tilestack.distributed import World
-from tilestack.kernels import ops, work
+from tilestack.distributed.expert_parallel import ROUTES
+from tilestack.kernels import moe, ops, work
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +91,41 @@ def test_every_op_of_a_training_step_has_a_formula_for_its_work():
     shape = new_config(Config().model, 300, 0)
     shape.mlp_only_layers = [1]
     assert training_calls(Config(), shape, named_device("sm_90")).keys() <= set(work._FORMULAS)
+
+
+@pytest.mark.parametrize("most", [None, 40])
+def test_rates_of_experts_count_the_routes_that_this_rank_has(most, tmp_path):
+    ids = torch.full((64, 2), -1, dtype=torch.int32)  # of other ranks, but for some
+    ids[:20] = torch.tensor([0, 3], dtype=torch.int32)
+    x, gate_up, down = (torch.randn(size, requires_grad=True) for size in ((64, 32), (4, 32, 32), (4, 32, 16)))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+        moe(x, gate_up, down, ids, torch.rand(64, 2), most_routes=most)
+    recorded.export_chrome_trace(str(tmp_path / "trace.json"))
+    found = events.read(json.loads((tmp_path / "trace.json").read_text()))
+    (call,) = [each for each in found.host if each.name.startswith("tilestack::moe_forward")]
+    assert Rates(found.host, 0.0)._forward_work("moe", call).forward_flops == 3 * 2 * (most or 64 * 2) * 32 * 16
+
+
+@pytest.mark.parametrize(("experts", "rows"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_the_calls_that_explain_shows_are_those_of_one_rank(experts, rows):
+    split = {"expert_parallel": experts, "expert_chunks": 2, "sequence_parallel": rows}
+    tree = to_plain(Config())
+    tree["distributed"] |= split
+    shape = new_config(Config().model, 300, 0)
+    tokens = tree["data"]["micro_batch_tokens"] // rows
+    calls = training_calls(from_tree(tree), shape, named_device("sm_90"))
+    sizes = {op: {name: each.shape for name, each in call.tensors.items() if each} for op, call in calls.items()}
+    assert sizes["rms_norm"]["x"][1] == sizes["linear_cross_entropy"]["hidden"][0] == tokens
+    assert sizes["attention"]["q"][:2] == (tokens * rows, shape.num_attention_heads // rows)
+    assert sizes["attention"]["k"][1] == max(shape.num_key_value_heads // rows, 1)
+    assert sizes["moe"]["gate_up"][0] == sizes["adamw"]["param"][0] == shape.num_experts // experts
+    bound = calls["moe"].params.most_routes
+    if experts == 1:
+        assert bound == -1 and sizes["moe"]["x"][0] == tokens
+    else:
+        K = shape.num_experts_per_tok
+        assert sizes["moe"]["x"][0] == round(tokens / 2 * 2 * (1 - 0.5**K)), "a chunk of each of two ranks"
+        assert bound >= tokens // 2 * K > bound - ROUTES
 
 
 def test_forward_and_backward_of_an_op_are_told_apart(written):

@@ -5,9 +5,11 @@ them), "bfloat16" or "8bit" (moments), "bare" (no master weights), "offload", "o
 Every rank writes FOLDER/<rank>.json.
 """
 
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -64,13 +66,51 @@ def state_bytes(engine) -> dict[str, int]:
     return found | moments
 
 
+@contextlib.contextmanager
+def gradients_on_their_way(engine) -> Iterator[dict]:
+    """Collects what DeepSpeed takes to reduce gradients and to update.
+
+    "filled": elements of each bucket that is reduced (ZeRO 0 and 1: of each piece). "buckets": bytes of all buckets.
+    "reduced", "updated": the bytes of each flat copy of gradients that is made for it.
+    """
+    zero, found, reducing = engine.engine.optimizer, {"filled": [], "reduced": [], "updated": [], "buckets": 0}, []
+    in_buckets = hasattr(zero, "average_tensor")
+    owner, method = (zero, "average_tensor") if in_buckets else (engine.engine, "allreduce_bucket")
+    reduce, flatten = getattr(owner, method), getattr(zero, "flatten", None)
+
+    def reduced(gradients, *arguments):
+        if in_buckets:
+            found["filled"].append(gradients.numel())
+            found["buckets"] = sum(each.nbytes for bucket in zero.ipg_buckets.values() for each in bucket.buffer)
+        else:
+            found["filled"].append(sum(each.numel() for each in gradients))
+        reducing.append(True)
+        result = reduce(gradients, *arguments)
+        reducing.pop()
+        return result
+
+    def flattened(tensors):
+        flat = flatten(tensors)
+        if all(flat.untyped_storage().data_ptr() != each.untyped_storage().data_ptr() for each in tensors):
+            found["reduced" if reducing else "updated"].append(flat.nbytes)
+        return flat
+
+    setattr(owner, method, reduced)
+    zero.flatten = flattened
+    yield found
+    setattr(owner, method, reduce)
+    zero.flatten = flatten
+
+
 def run(folder: Path, setting: str) -> dict:
     engine = made(setting)
     found = {"losses": train(engine, setting, 0, 3)}
     checkpoint = folder / setting
     checkpoint.mkdir(exist_ok=True)
     engine.save(checkpoint)
-    found["losses"] += train(engine, setting, 3, STEPS)
+    with gradients_on_their_way(engine) as found["on their way"]:
+        found["losses"] += train(engine, setting, 3, 4)
+    found["losses"] += train(engine, setting, 4, STEPS)
     found["bytes"] = state_bytes(engine)
     resumed = made(setting)
     resumed.load(checkpoint)

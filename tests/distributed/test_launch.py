@@ -12,7 +12,7 @@ from deepspeed.utils.z3_leaf_module import apply_zero_leaf_module_config
 
 from distributed.tiny import tiny_model
 from tilestack.distributed import DistributedConfig, LaunchError, OptimizerConfig, SettingsError, World, launch
-from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, deepspeed_settings
+from tilestack.distributed.deepspeed_settings import OLD_NAMES, UPDATED_TOGETHER, deepspeed_settings
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts
 from tilestack.distributed.world import current_world, take_up_slurm
 
@@ -166,11 +166,26 @@ class TestTheDeepSpeedConfiguration:
             ({"fp16": {"enabled": True}}, "remove 'fp16'"),
             ([], "must hold a JSON object, got list"),
             ("{", "is not JSON"),
+            ({"zero_optimization": True}, r"zero_optimization must be an object, .* got True"),
+            ({"zero_optimization": {"offload_optimizer": "cpu"}}, r"offload_optimizer must be an object, .* got 'cpu'"),
+            ({"optimizer": "AdamW"}, r"optimizer must be an object, .* got 'AdamW'"),
+            ({"bfloat16": {"enabled": True}}, 'bfloat16 is an old name of DeepSpeed\'s; write "bf16"'),
+            (
+                {"zero_optimization": {"stage": 2, "cpu_offload": True}},
+                r'zero_optimization\.cpu_offload is an old name .*; write "offload_optimizer": {"device": "cpu"}',
+            ),
         ],
     )
     def test_a_file_that_contradicts_is_refused(self, own, written, message):
         with pytest.raises(ValueError, match=message):
             self.settings(own(written))
+
+    def test_names_that_deepspeed_has_given_up_are_known(self):
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        fields = DeepSpeedZeroConfig.model_fields.items()
+        old = {name for name, field in fields if (field.json_schema_extra or {}).get("deprecated")}
+        assert {key[1] for key in OLD_NAMES if len(key) > 1} == old
 
     @pytest.mark.parametrize("change", [{"moments": "8bit"}, {"moments": "bfloat16"}, {"master_weights": False}])
     def test_a_file_that_offloads_is_refused_with_states_that_are_not_updated_on_the_host(self, own, change):

@@ -10,7 +10,7 @@ from distributed import states_worker as worker
 from distributed.launching import TORCHRUN, launch, once, shared_folder
 from distributed.tiny import global_step, tiny_config, tiny_model
 from tilestack.distributed import DistributedConfig, OptimizerConfig, SettingsError, make_engine
-from tilestack.distributed.memory_model import Training, memory
+from tilestack.distributed.memory_model import Sizes, Training, memory
 from tilestack.kernels.adamw.eight_bits import scales_of
 
 SETTINGS = (
@@ -78,24 +78,52 @@ def test_the_state_takes_the_bytes_that_were_chosen(run):
     assert (held["scales"] > 0) == ("8bit" in words)
 
 
-def test_the_plan_knows_the_bytes_of_weights_masters_moments_and_gradients(run):
+def planned(run: dict) -> Training:
     distributed, optimizer = worker.chosen(run["setting"], ranks=2)
-    planned = Training(
+    return Training(
         gpus=2, accumulation=worker.micro_batches(run["setting"]), zero=distributed.zero,
         expert_parallel=distributed.expert_parallel, moments=optimizer.moments,
         master_weights=optimizer.master_weights, offload=optimizer.offload, micro_batch_tokens=64,
     )  # fmt: skip
-    parts, held = memory(tiny_config(), planned).moments["update"], run["bytes"]
-    tiny = {"rel": 0.02}  # what ranks and groups are filled up with; of a real model it is nothing
-    assert held["model"] == pytest.approx(parts["weights"], **tiny)
-    if optimizer.offload:
+
+
+TINY = {"rel": 0.02}  # what ranks and groups are filled up with; of a real model it is nothing
+
+
+def test_the_plan_knows_the_bytes_of_weights_masters_moments_and_gradients(run):
+    parts, held = memory(tiny_config(), planned(run)).moments["update"], run["bytes"]
+    assert held["model"] == pytest.approx(parts["weights"], **TINY)
+    if planned(run).offload:
         assert {"master weights", "moments"}.isdisjoint(parts)
         return
-    assert ("master weights" in parts) == optimizer.master_weights
-    assert held["updated"] == pytest.approx(parts.get("master weights", held["updated"]), **tiny)
-    assert held["moments"] + held["scales"] == pytest.approx(parts["moments"], **tiny)
+    assert ("master weights" in parts) == planned(run).master_weights
+    assert held["updated"] == pytest.approx(parts.get("master weights", held["updated"]), **TINY)
+    assert held["moments"] + held["scales"] == pytest.approx(parts["moments"], **TINY)
     if "gradients" in held:
-        assert held["gradients"] == pytest.approx(parts["gradients"], **tiny)
+        assert held["gradients"] == pytest.approx(parts["gradients"], **TINY)
+
+
+def test_the_plan_knows_the_buckets_and_which_gradients_fill_them(run):
+    training = planned(run)
+    sizes, moments = Sizes(tiny_config(), training), memory(tiny_config(), training).moments
+    norms = sum(each.numel() for each in tiny_model().parameters() if each.dim() == 1)
+    for found in (each["on their way"] for each in run["ranks"]):
+        assert found["buckets"] == moments["backward, first layer"].get("buckets", 0) * (training.zero < 3)
+        if training.zero == 2:
+            filled = [filled for filled, _ in sizes.sent_together()] * training.accumulation
+            assert found["filled"] == pytest.approx(filled, abs=norms)
+            assert max(found["reduced"]) <= sizes.on_the_way()
+        elif training.zero < 2:
+            assert max(found["filled"]) == pytest.approx(sizes.reduced_together(), **TINY)
+
+
+def test_the_plan_knows_which_gradients_are_copied_for_the_update(run):
+    training = planned(run)
+    if training.offload or training.zero < 2:
+        return
+    expected = memory(tiny_config(), training).moments["update"].get("copies for the update", 0)
+    for found in (each["on their way"] for each in run["ranks"]):
+        assert max(found["updated"], default=0) == pytest.approx(expected, **TINY)
 
 
 def test_a_single_process_takes_up_what_two_saved_with_8_bits_and_no_masters(folder):

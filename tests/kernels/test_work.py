@@ -1,5 +1,7 @@
 """The arithmetic and traffic of every op, by hand for small shapes."""
 
+import dataclasses
+
 import pytest
 
 from tilestack.bench.attention_cases import AttentionCase
@@ -49,6 +51,13 @@ def test_the_arithmetic_of_attention_is_that_of_its_benchmark(case):
 def test_experts_are_three_products_forward_and_six_backward():
     found = work("moe", SHAPES["moe"])
     assert found.forward_flops == 3 * 2 * (10 * 2) * 8 * 6 and found.backward_flops == 2 * found.forward_flops
+
+
+def test_only_routes_to_experts_that_are_here_count_where_other_ranks_sent_the_rows():
+    whole, here = SHAPES["moe"], dataclasses.replace(SHAPES["moe"], routes=5)
+    assert work("moe", here).forward_flops == 3 * 2 * 5 * 8 * 6 == work("moe", whole).forward_flops / 4
+    assert work("moe", here).forward_bytes < work("moe", whole).forward_bytes
+    assert work("moe", dataclasses.replace(whole, routes=256)) == work("moe", whole)  # a bound above all that there are
 
 
 def test_the_head_is_one_product_forward_and_two_backward():

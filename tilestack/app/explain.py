@@ -20,6 +20,9 @@ from tilestack.app.errors import UserError
 from tilestack.app.model import checkpoint_config, new_config
 from tilestack.app.parse import take_option
 from tilestack.app.start import configure
+from tilestack.distributed.deepspeed_settings import check_model
+from tilestack.distributed.expert_parallel import ROUTES
+from tilestack.distributed.step_model import rows_of_a_token
 from tilestack.kernels import ops
 from tilestack.kernels.adamw.op import AdamWParams
 from tilestack.kernels.attention.op import AttentionParams
@@ -67,6 +70,7 @@ def explain(config: Config, device: Device) -> str:
         shape = new_config(config.model, config.data.vocab_size, end_of_text=0)
     else:
         shape = checkpoint_config(config.model.path)
+    check_model(config.distributed, shape)
     above = facts(config, shape)
     libraries = above.pop("CUDA, cuBLAS, cuDNN")
     boxes = above | {"OPTIMIZED KERNELS": _kernels(config, shape, device), "CUDA, cuBLAS, cuDNN": libraries}
@@ -108,6 +112,10 @@ def _distributed(config: Config) -> list[str]:
     zero = 2 if stage is None else stage
     deepspeed = f"DeepSpeed, ZeRO {zero}"
     lines = [f"processes  {processes}", f"engine     {'our own loop, one process' if own else deepspeed}"]
+    if asked.expert_parallel > 1:
+        lines.append(f"experts    split over {asked.expert_parallel} ranks, tokens sent in {asked.expert_chunks} parts")
+    if asked.sequence_parallel > 1:
+        lines.append(f"rows       split over {asked.sequence_parallel} ranks")
     if own and asked.engine == "auto":
         lines.append(f"           with torchrun --nproc-per-node 2 train.py ...: {deepspeed}")
     return lines
@@ -174,13 +182,23 @@ def _passed_over(name: str, chosen: str | None, asked: str, device: Device) -> s
     return f"would take it, but comes after {chosen}"
 
 
+def _rows_of_experts(config: Config, tokens: int, top_k: int) -> tuple[int, int]:
+    """(rows of one call of the experts, most_routes of it) where the routing is even."""
+    ranks, chunks = config.distributed.expert_parallel, config.distributed.expert_chunks
+    if ranks == 1:
+        return tokens, -1
+    routes = tokens * top_k // chunks  # what a rank sends away comes back to it from others
+    return round(tokens / chunks * rows_of_a_token(ranks, top_k)), -(-routes // ROUTES) * ROUTES
+
+
 def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dict[str, Call]:
-    """The call that a training step makes of each op that the model has, as the dispatcher sees it."""
-    dtype = getattr(torch, config.model.dtype)
-    T, H, D = config.data.micro_batch_tokens, shape.hidden_size, shape.head_dim
+    """The call that a training step makes on one rank of each op that the model has, as the dispatcher sees it."""
+    dtype, split = getattr(torch, config.model.dtype), config.distributed
+    whole_rows, H, D = config.data.micro_batch_tokens, shape.hidden_size, shape.head_dim
+    T = whole_rows // split.sequence_parallel
     heads, kv_heads = shape.num_attention_heads, shape.num_key_value_heads
-    E, K, I = shape.num_experts, shape.num_experts_per_tok, shape.moe_intermediate_size
-    documents = -(-T // config.data.sequence_length)
+    E, K, I = shape.num_experts // split.expert_parallel, shape.num_experts_per_tok, shape.moe_intermediate_size
+    documents = -(-whole_rows // config.data.sequence_length)
 
     def spec(*size: int, of: torch.dtype = dtype) -> TensorSpec:
         return TensorSpec.contiguous(size, of)
@@ -191,19 +209,24 @@ def training_calls(config: Config, shape: Qwen3MoeConfig, device: Device) -> dic
     offsets, experts = spec(documents + 1, of=torch.int32), spec(E, 2 * I, H)
     longest = config.data.sequence_length
     state = spec(E, 2 * I, H, of=torch.float32)
-    q, k, ids = spec(1, T, heads, D), spec(1, T, kv_heads, D), spec(T, K, of=torch.int32)
+    q, k = spec(1, T, heads, D), spec(1, T, kv_heads, D)
+    attended = spec(whole_rows, max(kv_heads // split.sequence_parallel, 1), D)
+    rows, most = _rows_of_experts(config, T, K)
     calls = {
         "attention": call(
             AttentionParams(D**-0.5, True, -1, 0, longest, longest, False),
-            q=spec(T, heads, D), k=spec(T, kv_heads, D), v=spec(T, kv_heads, D),
+            q=spec(whole_rows, heads // split.sequence_parallel, D), k=attended, v=attended,
             cu_seqlens_q=offsets, cu_seqlens_k=offsets, sinks=None, alibi_slopes=None, dropout_seed=None,
         ),
         "moe": call(
-            MoEParams(keep=True), x=spec(T, H), gate_up=experts, down=spec(E, H, I), topk_ids=ids,
-            topk_weights=spec(T, K, of=torch.float32), gate_up_grad=None, down_grad=None,
+            MoEParams(keep=True, most_routes=most), x=spec(rows, H), gate_up=experts, down=spec(E, H, I),
+            topk_ids=spec(rows, K, of=torch.int32), topk_weights=spec(rows, K, of=torch.float32),
+            gate_up_grad=None, down_grad=None,
         ),
-        "router": call(RouterParams(K, shape.norm_topk_prob), logits=spec(T, E), token_mask=None),
-        "sort_routes": call(SortRoutesParams(E), needs_grad=False, topk_ids=ids),
+        "router": call(RouterParams(K, shape.norm_topk_prob), logits=spec(T, shape.num_experts), token_mask=None),
+        "sort_routes": call(
+            SortRoutesParams(E), needs_grad=False, topk_ids=spec(rows, K, of=torch.int32)
+        ),
         "rms_norm": call(
             RMSNormParams(shape.rms_norm_eps), x=spec(1, T, H), weight=spec(H), residual=spec(1, T, H)
         ),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from tilestack.distributed.memory_model import Memory, Training, memory
 
 STEPS = 4  # the first two compile and make states
 AHEAD = 2  # cases whose processes import meanwhile
-PATIENCE_S = 60.0
+PATIENCE_S, PATIENCE_OF_A_LAYER_S = 45.0, 2.0
 POLL_S = 0.05
 
 
@@ -53,7 +54,15 @@ class MemoryCase:
 
 
 NARROW = {"moments": "8bit", "master_weights": False}
+# the full model on four GPUs; on smaller ones than its state needs they end as rows that say so
+FULL = (
+    MemoryCase(48, gpus=4, expert_parallel=4, checkpointing="full"),
+    MemoryCase(48, gpus=4, expert_parallel=4, checkpointing="full", **NARROW),
+    MemoryCase(48, gpus=4, zero=3, checkpointing="full", **NARROW),
+    MemoryCase(48, gpus=4, expert_parallel=4, checkpointing="full", offload=True),
+)
 CASES = (
+    *FULL,
     MemoryCase(24, expert_parallel=2, checkpointing="full", **NARROW),  # for each GPU as 48 layers on four
     MemoryCase(24, zero=3, checkpointing="full", **NARROW),
     MemoryCase(8, sequence_parallel=2, micro_batch_tokens=32768, moments="bfloat16"),
@@ -139,7 +148,7 @@ class _Processes:
     def run(self) -> list[dict] | str:
         """What each rank found, or what went wrong."""
         (self.folder / "go").touch()
-        patience = time.monotonic() + PATIENCE_S
+        patience = time.monotonic() + PATIENCE_S + PATIENCE_OF_A_LAYER_S * self.case.layers
         try:
             codes = [rank.wait(max(1.0, patience - time.monotonic())) for rank in self.ranks]
         except subprocess.TimeoutExpired:
@@ -156,11 +165,28 @@ class _Processes:
         return [json.loads((self.folder / f"{rank}.json").read_text()) for rank in range(self.case.gpus)]
 
 
+class _DrawnInPlace:
+    """Weights for a model without memory, so that no rank has what it does not keep: drawn where they lie.
+
+    `tilestack.models.drawn` gives the same numbers for every split, but has the host draw them: minutes for 30 billion.
+    """
+
+    def __init__(self, std: float):
+        self.std = std
+
+    def fill(self, name: str, start: int, target: torch.Tensor) -> None:
+        if "norm" in name:
+            target.fill_(1.0)
+            return
+        generator = torch.Generator(target.device).manual_seed(zlib.crc32(f"{name} {start}".encode()))
+        target.normal_(std=self.std, generator=generator)
+
+
 def measure(case: MemoryCase, config: Qwen3MoeConfig) -> dict[str, float]:
     """Bytes of this rank: resident between steps, the highest of each stage and of all, taken from the device by
     torch's allocator, and by others (CUDA, NCCL); and the milliseconds of the last step."""
-    from tilestack import Qwen3MoeForCausalLM
     from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
+    from tilestack.models.weights import outline
 
     distributed = DistributedConfig(
         engine="local" if case.zero is None else "deepspeed", zero=case.zero, cuda_graphs="off",
@@ -168,10 +194,11 @@ def measure(case: MemoryCase, config: Qwen3MoeConfig) -> dict[str, float]:
     )  # fmt: skip
     optimizer = OptimizerConfig(moments=case.moments, master_weights=case.master_weights, offload=case.offload)
     world = start(distributed)
-    torch.manual_seed(0)
-    with world.device:
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    engine = make_engine(model, optimizer, distributed, case.accumulation, case.checkpointing, case.activation_offload)
+    model = outline(config, torch.bfloat16)
+    engine = make_engine(
+        model, optimizer, distributed, case.accumulation, case.checkpointing, case.activation_offload,
+        _DrawnInPlace(config.initializer_range),
+    )  # fmt: skip
     del model
     gc.collect()
     cuda = torch.cuda if world.device.type == "cuda" else None

@@ -24,10 +24,7 @@ def plan_block(run: dict) -> str:
 
 
 def _plan_line(case: MemoryCase, row: dict) -> str:
-    head = (
-        f"| {case.layers} | {spread(case)} | {case.accumulation} x {case.micro_batch_tokens:,} | {_recomputed(case)} | "
-    )
-    head += f"{_state(case)} | "
+    head = _head(case)
     if row["error"]:
         return head + f"{row['error'].splitlines()[0][:60]} | | | | |"
     planned, outside = predicted(case), row["gib"].get("outside")  # not known where others used the GPU meanwhile
@@ -37,6 +34,40 @@ def _plan_line(case: MemoryCase, row: dict) -> str:
         f"{head}{row['peak_gib']:.1f} | {allocated:.1f} | {allocated / row['peak_gib'] - 1:+.1%} | {used} | "
         f"{planned.total / GIB:.1f} |"
     )
+
+
+def _head(case: MemoryCase) -> str:
+    return (
+        f"| {case.layers} | {spread(case)} | {case.accumulation} x {case.micro_batch_tokens:,} | {_recomputed(case)} | "
+        f"{_state(case)} | "
+    )
+
+
+def case_of_step(case: dict) -> MemoryCase:
+    """What `tilestack bench distributed` timed, as a case: one process has no DeepSpeed."""
+    same = ("layers", "gpus", "expert_parallel", "sequence_parallel", "seqlen", "checkpointing")
+    zero = case["zero"] if case["gpus"] > 1 else None
+    return MemoryCase(
+        zero=zero, micro_batch_tokens=case["batch"] * case["seqlen"], **{name: case[name] for name in same}
+    )
+
+
+def steps_with_peaks(run: dict) -> list[tuple[MemoryCase, float]]:
+    """(case, the GiB that its step allocated at the most) of our own steps among the rows of a run."""
+    ours = [row for row in run["rows"] if row["op"] == "step" and row["implementation"] == "tilestack"]
+    return [(case_of_step(row["case"]), row["peak_gib"]) for row in ours if row["peak_gib"] and not row["error"]]
+
+
+def timed_block(run: dict) -> str:
+    """Measured beside planned for the steps of another bench, a line each."""
+    lines = [
+        "| layers | spread | micro-batches | recomputed | state | measured | planned | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case, peak in steps_with_peaks(run):
+        allocated = predicted(case).allocated / GIB
+        lines.append(f"{_head(case)}{peak:.1f} | {allocated:.1f} | {allocated / peak - 1:+.1%} |")
+    return "\n".join(lines) + "\n"
 
 
 def planned_table() -> str:

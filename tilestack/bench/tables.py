@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tilestack.bench.distributed_tables import distributed_block
 from tilestack.bench.kernel_tables import attention_block, kvcache_block, moe_block
-from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table
+from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table, timed_block
 from tilestack.bench.results import FOLDER, ROOT, read
 from tilestack.kernels import ops
 
@@ -372,6 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trust": trust_table,
     **{f"trust_{op}": functools.partial(trust_table, op) for op in (*ops(), "flash_attn", "model")},
     "plan": lambda: _each_run("plan", plan_block),
+    "plan_timed": lambda: _each_run("distributed", timed_block),
     "planned": planned_table,
     "adamw": lambda: _each_run("adamw", adamw_block),
     "distributed": distributed_table,

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import datetime
 import io
+import itertools
 import os
 import warnings
 from collections import defaultdict
@@ -29,7 +30,7 @@ from deepspeed.utils import set_z3_leaf_modules
 
 from tilestack.distributed.checkpoint import CheckpointError, Saving, numbers, read_pieces, read_state
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
-from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, check_model, check_processes, deepspeed_settings
+from tilestack.distributed.deepspeed_settings import check_model, check_processes, deepspeed_settings, group_sizes
 from tilestack.distributed.engine import MicroBatch, StepResult
 from tilestack.distributed.expert_parallel import ExpertGroup, split_experts, split_weights
 from tilestack.distributed.objective import StepSums, evaluation_sums
@@ -370,21 +371,16 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def _divided(group: dict, ranks: int) -> Iterator[dict]:
-    """The group in smaller ones, for ZeRO-2, which copies the gradients of a whole group while it updates it.
-
-    Each rank has an equal part of a group. The gradient of a weight that a boundary cuts would be kept whole on both
-    sides, so a group has weights of one shape, as many as give each rank whole ones; what is left over is one more.
-    """
+    """The group in smaller ones, for ZeRO-2: of one shape each (see `group_sizes`), and one of what is left over."""
     shapes = defaultdict(list)
     for parameter in group["params"]:
         shapes[parameter.shape].append(parameter)
     left = []
     for alike in shapes.values():
-        together = ranks * max(1, UPDATED_TOGETHER // alike[0].numel())
-        whole = len(alike) // ranks * ranks
-        for begin in range(0, whole, together):
-            yield group | {"params": alike[begin : min(begin + together, whole)]}
-        left += alike[whole:]
+        rest = iter(alike)
+        for size in group_sizes(len(alike), alike[0].numel(), ranks):
+            yield group | {"params": list(itertools.islice(rest, size))}
+        left += rest
     if left:
         yield group | {"params": left}
 

@@ -12,7 +12,33 @@ from transformers import Qwen3MoeConfig
 from tilestack.distributed.config import DistributedConfig, OptimizerConfig, SettingsError
 
 DEFAULT_STAGE = 2
+# those that are read here; an inner one after the outer
+SECTIONS = (
+    ("bf16",), ("fp16",), ("optimizer",), ("optimizer", "params"), ("scheduler",), ("data_types",),
+    ("zero_optimization",), ("zero_optimization", "offload_optimizer"),
+)  # fmt: skip
+# what DeepSpeed calls otherwise now; it translates some after tilestack has looked, and ignores others
+OLD_NAMES = {
+    ("bfloat16",): '"bf16"',
+    ("zero_optimization", "cpu_offload"): '"offload_optimizer": {"device": "cpu"}, or leave it out to offload nothing',
+    (
+        "zero_optimization",
+        "cpu_offload_param",
+    ): '"offload_param": {"device": "cpu"}, or leave it out to offload nothing',
+    ("zero_optimization", "cpu_offload_use_pin_memory"): '"pin_memory" in "offload_optimizer"',
+    ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"): '"gather_16bit_weights_on_model_save"',
+}
 UPDATED_TOGETHER = 1 << 28  # parameters, whose gradients DeepSpeed copies while it updates them
+
+
+def group_sizes(alike: int, numel: int, ranks: int) -> list[int]:
+    """ZeRO-2's groups of `alike` weights of one shape, `numel` elements each: how many weights each group has.
+
+    As many as give each of `ranks` ranks whole ones; what the sizes lack of `alike` is left over. DeepSpeed keeps the
+    gradient of a weight that a boundary cuts whole on both sides, and copies a group's gradients while it updates it.
+    """
+    whole, together = alike // ranks * ranks, ranks * max(1, UPDATED_TOGETHER // numel)
+    return [min(together, whole - begin) for begin in range(0, whole, together)]
 
 
 def deepspeed_settings(
@@ -162,7 +188,23 @@ def _read(path: str) -> dict[str, Any]:
         raise SettingsError(
             f"distributed.deepspeed_config={path!r} must hold a JSON object, got {type(settings).__name__}"
         )
-    return _without_auto(settings)
+    settings = _without_auto(settings)
+    _check_names(path, settings)
+    return settings
+
+
+def _check_names(path: str, settings: dict[str, Any]) -> None:
+    """Raise SettingsError for a section that is no object, or a key by a name that DeepSpeed has given up."""
+    for keys in SECTIONS:
+        value = settings
+        for key in keys:
+            value = value.get(key, {})
+        if not isinstance(value, dict):
+            raise SettingsError(f'{path}: {".".join(keys)} must be an object, as "{keys[-1]}": {{...}}, got {value!r}')
+    for keys, new in OLD_NAMES.items():
+        where = settings.get(keys[0], {}) if len(keys) > 1 else settings
+        if keys[-1] in where:
+            raise SettingsError(f"{path}: {'.'.join(keys)} is an old name of DeepSpeed's; write {new}")
 
 
 def _without_auto(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,29 +1,33 @@
 """What a training step holds of each GPU's memory, by part, before anything is built.
 
-Three moments of a step may be its highest, and the highest counts:
+Some moments of a step may be its highest, and the highest counts:
 
     loss        after the forward pass: all that layers keep, and the LM head with its loss at work
     backward    at the first or the last layer: what is still kept, the gradients so far, one layer at work
-    update      all gradients, and the copies that DeepSpeed makes while it updates
+    reduction   ZeRO 0 and 1, which reduce after the backward pass: all gradients, and what is sent of them
+    update      all gradients, and the copies that are made of them while a rank updates
 
-Sizes follow from the model's shape and from what the engines and DeepSpeed 0.19 allocate; `tilestack bench plan`
-measures the same, and docs/training.md has both side by side.
+Sizes follow from the model's shape and from what the engines and DeepSpeed 0.19 allocate:
+`tests/distributed/test_optimizer_states.py` compares weights, state, gradients, buckets and copies with those of two
+processes. `tilestack bench plan` measures the whole on GPUs, and docs/training.md has both side by side.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PretrainedConfig
 
-from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER
-from tilestack.distributed.step_model import Layout, parameters
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, group_sizes
+from tilestack.distributed.step_model import Layout, parameters, rows_of_a_token
 from tilestack.kernels.adamw.eight_bits import GROUP
 from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
 
 GIB = 2**30
-BUCKET = 500_000_000  # DeepSpeed's reduce_bucket_size under ZeRO-3: elements
+BUCKET = 500_000_000  # what DeepSpeed reduces together unless told otherwise, as ZeRO-2 is: elements
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
 WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
@@ -80,12 +84,13 @@ class Memory:
 
 def memory(model: PretrainedConfig, training: Training) -> Memory:
     """What a step of a Qwen3-MoE holds of each GPU."""
-    sizes = _Sizes(model, training)
+    sizes = Sizes(model, training)
     resident = sizes.resident()
     moments = {
         "loss": sizes.at_the_loss(),
         "backward, last layer": sizes.in_backward(model.num_hidden_layers),
         "backward, first layer": sizes.in_backward(1),
+        "reduction": sizes.in_reduction(),
         "update": sizes.in_update(),
     }
     held = {
@@ -96,12 +101,14 @@ def memory(model: PretrainedConfig, training: Training) -> Memory:
 
 def host_bytes(model: PretrainedConfig, training: Training) -> float:
     """Of the host's memory for one GPU: the offloaded state with a gradient and bfloat16 copy, and offloaded inputs."""
-    sizes = _Sizes(model, training)
+    sizes = Sizes(model, training)
     inputs = sizes.kept(1.0) * model.num_hidden_layers if training.activation_offload else 0.0
     return inputs + (sizes.own * (4 + 8 + 4 + 2) if training.offload else 0.0)
 
 
-class _Sizes:
+class Sizes:
+    """Bytes of the parts of a step, unless said otherwise; `memory` puts them together."""
+
     def __init__(self, model: PretrainedConfig, training: Training):
         self.model, self.training = model, training
         self.tokens = training.micro_batch_tokens / training.sequence_parallel
@@ -140,19 +147,69 @@ class _Sizes:
             if t.offload and (t.zero == 3 or not self.sums_in_float32):
                 return 0.0  # they are on the host
             return size * self.own
-        done = self.here - self.layer * layers_left - self.head * (layers_left > 0)
-        if t.deepspeed and t.zero == 1:
+        none_yet = layers_left > self.model.num_hidden_layers
+        done = 0.0 if none_yet else self.here - self.layer * layers_left - self.head * (layers_left > 0)
+        if self.keeps_sums():
             return 4 * self.here + t.itemsize * done
         if t.accumulation > 1 and self.sums_in_float32:
             return size * self.here
         return size * done
 
-    def bucket(self) -> float:
-        """Where gradients are collected to reduce them; under ZeRO-3, where it has a fixed size, at every moment."""
+    def buckets(self) -> float:
+        """Where gradients are collected to reduce them: ZeRO-2 has two, of which one travels, ZeRO-3 one for good.
+
+        ZeRO-1 has one, in float32, where it has no sums of its own.
+        """
         t = self.training
-        if not t.deepspeed or t.gpus == 1 or t.zero < 2:
+        if not t.deepspeed or t.zero == 0 or self.keeps_sums():
             return 0.0
-        return t.itemsize * (max(self.block, self.head) if t.zero == 2 else BUCKET)  # zero_step.bucket_elements
+        return {1: 4 * BUCKET, 2: t.itemsize * 2 * self.bucket_elements(), 3: t.itemsize * BUCKET}[t.zero]
+
+    def keeps_sums(self) -> bool:
+        """ZeRO-1 in bfloat16, state on the device: DeepSpeed's BF16_Optimizer, with float32 sums of all gradients."""
+        t = self.training
+        return t.deepspeed and t.zero == 1 and t.dtype == "bfloat16" and not t.offload
+
+    def bucket_elements(self) -> float:
+        """Of ZeRO-2; `zero_step.bucket_elements`."""
+        return max(self.block, self.head)
+
+    def matrices(self) -> list[tuple[int, int]]:
+        """The shapes of a layer's weights beside the experts, in the order in which they get their gradients."""
+        m = self.model
+        query, key = m.num_attention_heads * m.head_dim, m.num_key_value_heads * m.head_dim
+        hidden = m.hidden_size
+        return [(m.num_experts, hidden), (hidden, query), (key, hidden), (key, hidden), (query, hidden)]
+
+    def sent_together(self) -> Iterator[tuple[float, float]]:
+        """ZeRO-2's backward pass: (elements of a bucket that is full, of the gradients that wait for room in it).
+
+        A bucket is full when the next gradient does not fit. Those of a layer's experts come together.
+        """
+        layer = [(self.block * 2 / 3, self.block / 3), *[(rows * width,) for rows, width in self.matrices()]]
+        filled = 0.0
+        for together in [(self.head,), *layer * self.model.num_hidden_layers, (self.head,)]:
+            for number, each in enumerate(together):
+                if filled + each > self.bucket_elements():
+                    yield filled, sum(together[number:])
+                    filled = 0.0
+                filled += each
+        yield filled, 0.0
+
+    def on_the_way(self) -> float:
+        """ZeRO-2: the copy of a bucket that is reduced, with the gradients that wait meanwhile."""
+        t = self.training
+        narrow = t.dtype == "bfloat16"
+
+        def taken(filled: float, waiting: float) -> float:
+            copied = t.itemsize * filled
+            if narrow and t.sequence_parallel > 1:  # DeepSpeed sends float32 then
+                copied += 4 * filled
+            elif narrow and self.sums_in_float32:  # one weight's part is widened to be added
+                copied += 4 * min(filled, max(self.block * 2 / 3, self.head))
+            return copied * (t.gpus > 1) + t.itemsize * waiting
+
+        return max(taken(*each) for each in self.sent_together())
 
     def gathered(self, largest: float) -> float:
         """ZeRO-3: weights that are whole meanwhile, of which the largest are `largest` parameters."""
@@ -188,8 +245,7 @@ class _Sizes:
 
     def rows(self) -> float:
         """Expert parallelism: rows that arrive for each token of this rank's own."""
-        ranks = self.training.expert_parallel
-        return ranks * (1 - (1 - 1 / ranks) ** self.model.num_experts_per_tok)
+        return rows_of_a_token(self.training.expert_parallel, self.model.num_experts_per_tok)
 
     def at_work(self) -> float:
         """In the backward of one layer, beside what it keeps: the larger of its two halves."""
@@ -213,7 +269,7 @@ class _Sizes:
         return {
             "gradients": self.gradients(m.num_hidden_layers + 1 if first else 0) if self._lasts() or not first else 0.0,
             "gathered weights": self.gathered(self.head),
-            "buckets": self.bucket() if t.zero == 3 else 0.0,
+            "buckets": self.buckets() if t.zero == 3 else 0.0,
             "activations": self.activations(m.num_hidden_layers),
             "head and loss": float32_sum + others + 2 * t.itemsize * self.tokens * m.hidden_size,
         }
@@ -228,19 +284,54 @@ class _Sizes:
     def in_backward(self, layer: int) -> dict[str, float]:
         t = self.training
         again = self.whole_layer() if t.checkpointing != "none" else 0.0
-        fresh = t.itemsize * self.block if self.bucket() else 0.0  # else they are among the gradients
-        buckets = 3 if t.zero == 2 else 1  # one is filled while the other travels, in a copy
+        # of ZeRO 0 and 1, or without DeepSpeed, they are among the gradients
+        on_the_way = t.itemsize * self.block if t.deepspeed and t.zero >= 2 else 0.0
+        at_work = self.at_work()
+        if t.deepspeed and t.zero == 2 and self.on_the_way() > on_the_way + at_work:
+            on_the_way, at_work = self.on_the_way(), 0.0  # the experts have done their part when theirs are sent
         return {
             "gradients": self.gradients(layer - 1),
             "gathered weights": self.gathered(self.block),
-            "buckets": buckets * self.bucket() + fresh,
+            "buckets": self.buckets(),
+            "gradients on their way": on_the_way,
             "activations": self.activations(layer),
-            "layer at work": again + self.at_work(),
+            "layer at work": again + at_work,
         }
 
+    def in_reduction(self) -> dict[str, float]:
+        if not self.reduced_together():
+            return {}
+        return {
+            "gradients": self.gradients(0),
+            "buckets": self.buckets(),
+            "gradients on their way": self.flattened(),
+        }
+
+    def reduced_together(self) -> float:
+        """ZeRO 0 and 1: elements of the largest piece in which the gradients are sent after the backward pass."""
+        t = self.training
+        if not t.deepspeed or t.zero > 1 or t.gpus == 1:
+            return 0.0
+        kinds = [self.here] if t.expert_parallel == 1 else [self.here - self.experts]
+        if 1 < t.expert_parallel < t.gpus:  # else nobody shares this rank's experts
+            kinds.append(self.experts)
+        return min(max(kinds), BUCKET + max(self.block * 2 / 3, self.head))
+
+    def flattened(self) -> float:
+        """The piece, and it once more in the type that is sent."""
+        t = self.training
+        kept = 4 if self.sums_in_float32 else t.itemsize
+        sent = 4 if t.sequence_parallel > 1 else t.itemsize
+        return self.reduced_together() * (kept + (sent if sent != kept else 0))
+
     def in_update(self) -> dict[str, float]:
-        bucket = self.bucket() if self.training.zero == 3 else 0.0
-        return {"gradients": self.gradients(0), "buckets": bucket, "copies for the update": self.copies()}
+        t = self.training
+        reduced = t.deepspeed and t.zero == 1 and not self.keeps_sums()  # only this rank's part is left of them
+        return {
+            "gradients": 4 * self.own if reduced else self.gradients(0),
+            "buckets": self.buckets() if t.zero == 3 else 0.0,
+            "copies for the update": self.copies(),
+        }
 
     def copies(self) -> float:
         """What becomes of the gradients of a group while it is updated."""
@@ -249,8 +340,30 @@ class _Sizes:
             return 0.0
         if t.zero == 0:
             return 4.0 * self.here if t.dtype == "bfloat16" else 0.0
-        if t.zero == 1 or (t.zero == 2 and self.sums_in_float32):  # these lie in one piece
+        if t.dtype == "bfloat16" and self.sums_in_float32 and t.zero < 3:  # these lie in one piece
             return 0.0
-        largest = max(self.block * 2 / 3, self.head) / (t.gpus if t.zero == 3 else 1)
-        together = UPDATED_TOGETHER + largest / 2 if t.zero == 3 else max(UPDATED_TOGETHER, largest)
-        return (4 if self.sums_in_float32 else t.itemsize) * min(self.own, together)
+        if t.zero == 1:
+            return t.itemsize * self.own
+        if t.zero == 2:
+            return t.itemsize * self.copied_together()
+        largest = max(self.block * 2 / 3, self.head) / t.gpus
+        return (4 if self.sums_in_float32 else t.itemsize) * min(self.own, UPDATED_TOGETHER + largest / 2)
+
+    def copied_together(self) -> float:
+        """ZeRO-2: elements of the largest group on this rank that is more than one weight, or was left over."""
+        t, layers = self.training, self.model.num_hidden_layers
+        shared = [(layers * alike, rows * width) for (rows, width), alike in Counter(self.matrices()).items()]
+        shared.append((2, self.head))
+        experts = [(layers, self.block * 2 / 3), (layers, self.block / 3)]
+        groups = [(shared + experts, t.gpus)]
+        if t.expert_parallel > 1:
+            groups = [(shared, t.gpus), (experts, t.gpus // t.expert_parallel)]
+        found = []
+        for weights, ranks in groups:
+            left = 0.0
+            for alike, numel in weights:
+                sizes = group_sizes(alike, int(numel), ranks)
+                left += (alike - sum(sizes)) * numel / ranks
+                found += [size // ranks * numel for size in sizes if size > ranks]
+            found.append(left)
+        return max(found)

@@ -162,6 +162,11 @@ def tflops(model: PretrainedConfig, layout: Layout, time: StepTime) -> float:
     return training_flops_per_token(model, layout.seqlen) * tokens_per_second(layout, time) / 1e12
 
 
+def rows_of_a_token(ranks: int, top_k: int) -> float:
+    """Expert parallelism over so many ranks: how many of them have one of a token's experts, on average."""
+    return ranks * (1 - (1 - 1 / ranks) ** top_k)
+
+
 def parameters(model: PretrainedConfig) -> tuple[int, int]:
     """(all but the experts, the experts)."""
     hidden, head_dim = model.hidden_size, model.head_dim
@@ -266,7 +271,7 @@ def _tokens_sent(model: PretrainedConfig, layout: Layout, machine: Machine, expe
     if ranks == 1:
         return 0.0
     tokens = layout.micro_batch_tokens / layout.sequence_parallel
-    rows = tokens * ranks * (1 - (1 - 1 / ranks) ** model.num_experts_per_tok)
+    rows = tokens * rows_of_a_token(ranks, model.num_experts_per_tok)
     trips = 4 if layout.checkpointing == "none" else 6
     layers, chunks = model.num_hidden_layers, layout.expert_chunks
     trip = chunks * _all_to_all(machine, rows * model.hidden_size * 2 / chunks, ranks)

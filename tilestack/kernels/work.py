@@ -28,11 +28,13 @@ class Tensors:
     """The tensor arguments of a call: shape and bytes of an element by name; an absent one is not there.
 
     pairs: query and key pairs that attention sees, over the batch, for one head; None: those of the shapes, causal.
+    routes: of moe, to experts that are here (its most_routes, where other ranks sent the rows); None: all of topk_ids.
     """
 
     shapes: Mapping[str, Shape]
     sizes: Mapping[str, int]
     pairs: float | None = None
+    routes: int | None = None
 
     def bytes(self, *names: str) -> int:
         """Bytes of these arguments together, as far as they are there."""
@@ -82,7 +84,7 @@ def _sort_routes(t: Tensors) -> Work:
 
 
 def _moe(t: Tensors) -> Work:
-    routes = prod(t.shapes["topk_ids"])
+    routes = prod(t.shapes["topk_ids"]) if t.routes is None else min(t.routes, prod(t.shapes["topk_ids"]))
     width, hidden = t.shapes["down"][-1], t.shapes["x"][-1]
     product = 2.0 * routes * hidden * width
     weights, x = t.bytes("gate_up", "down"), t.bytes("x")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from math import prod
 
 from tilestack.app.trace.attribution import BACKWARD, Surroundings
@@ -75,7 +76,7 @@ class Rates:
         }
         tensors = Tensors(
             {name: shape for name, (shape, _) in given.items()}, {name: size for name, (_, size) in given.items()},
-            self._pairs if op == "attention" else None,
+            self._pairs if op == "attention" else None, _routes_here(op, call),
         )  # fmt: skip
         try:
             return work(op, tensors)
@@ -92,6 +93,17 @@ class Rates:
         product = 2.0 * q[1] * q[3] * self._pairs  # [B, heads, S, D]
         traffic = size * (2 * prod(q) + prod(k) + prod(v))
         return (call, 5 * product, 2 * traffic) if backward else (call, 2 * product, traffic)
+
+
+def _routes_here(op: str, call: HostEvent) -> int | None:
+    """moe's bound on the routes to this rank's experts; None for another op, or where all may be."""
+    if op != "moe":
+        return None
+    contract = ops()[op].contract
+    names = [*contract.input_names, *(field.name for field in fields(contract.params))]
+    scalars = dict(zip(names, call.arguments.get("Concrete Inputs", ()), strict=False))
+    found = int(scalars.get("most_routes") or -1)
+    return None if found < 0 else found
 
 
 def _product(event: HostEvent, a: list[int], b: list[int], at: int) -> tuple[float, float]:
