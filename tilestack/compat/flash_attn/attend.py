@@ -1,7 +1,7 @@
 """flash-attn's arguments in tilestack's words: what all entry points of this package share.
 
-flash-attn's results are bitwise repeatable but for dq, whether or not `deterministic` is asked for. So every call here
-asks tilestack for deterministic gradients, which cost what the table in tilestack/kernels/attention/README.md says.
+flash-attn's results are bitwise repeatable but for dq, which is so where `deterministic` is asked for. So a call
+that does not ask for it still asks tilestack for that of dk and dv, deterministic="keys".
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def options(
     window_size: Any,
     softcap: float,
     alibi_slopes: torch.Tensor | None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -71,6 +72,7 @@ def options(
         "softcap": max(float(softcap), 0.0),
         "alibi_slopes": alibi_slopes,
         "dropout_p": float(dropout_p),
+        "deterministic": True if deterministic else "keys",
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
@@ -84,7 +86,7 @@ def attend(
     """(out, lse), out differentiable in q, k and v, lse as tilestack has it. asked: from `options`."""
     head_dim = q.shape[-1]
     q, k, v = (pad_head_dim(each) for each in (q, k, v))
-    out, lse = attention(q, k, v, **asked, dropout_seed=rng_state, deterministic=True, return_lse=True)
+    out, lse = attention(q, k, v, **asked, dropout_seed=rng_state, return_lse=True)
     return out if q.shape[-1] == head_dim else out[..., :head_dim], lse
 
 

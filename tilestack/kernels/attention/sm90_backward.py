@@ -15,7 +15,7 @@ from tilestack.kernels._gluon import tensor_descriptor
 from tilestack.kernels.attention.features import sink_gradient
 from tilestack.kernels.attention.layout import rows_by_heads
 from tilestack.kernels.attention.sm90_backward_kernel import attention_backward_kernel
-from tilestack.kernels.attention.sm90_configs import backward_config, backward_section, tile_size
+from tilestack.kernels.attention.sm90_configs import adds_in_turn, backward_config, backward_section, tile_size
 from tilestack.kernels.attention.sm90_schedule import key_table, query_blocks
 
 LOG2E = 1.4426950408889634
@@ -124,7 +124,8 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     dq_sum, *others = sums.split(sizes)
     dk_sum, dv_sum = others or (dq_sum, dq_sum)  # not used
     turns = dq_desc = dq_tail_desc = dk_desc = dv_desc = None
-    if params.deterministic:
+    in_turn = adds_in_turn(params.deterministic, params.deterministic_keys, group)
+    if in_turn:
         turns = torch.zeros(heads * n_q_blocks + n_items * kv_heads, dtype=torch.int32, device=q.device)
     if config.DQ_SHARED:
         lines = dq_sum.view(-1, head_dim // 32, 32).transpose(0, 1)
@@ -160,7 +161,7 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
             params.window_left, params.window_right, params.softmax_scale, scale2, params.softcap * LOG2E,
             kv_heads * head_dim, GROUP=group, **vars(config),
             HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, HAS_SOFTCAP=params.softcap > 0,
-            DETERMINISTIC=params.deterministic, num_warps=8,
+            DETERMINISTIC=in_turn, num_warps=8,
         )  # fmt: skip
         n_dq, n_dkv = launch.cdiv(total_q, FINISH_ROWS) * heads, launch.cdiv(total_k, FINISH_ROWS) * kv_heads
         launch.again(
