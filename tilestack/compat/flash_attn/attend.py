@@ -34,11 +34,6 @@ def pad_head_dim(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, missing)) if missing else maybe_contiguous(x)
 
 
-def seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The state of a call's dropout, int64 [2], from the generator (None: the device's, torch.manual_seed's)."""
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
-
-
 def options(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -15,6 +15,7 @@ from tilestack.compat.flash_attn import attend
 from tilestack.compat.flash_attn.errors import check
 from tilestack.compat.flash_attn.paged_keys import gather_keys
 from tilestack.kernels import attention_backward, attention_kvcache, kv_cache_append
+from tilestack.kernels.attention.dropout import draw_seed
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -131,7 +132,7 @@ def _check_cache(q, cache, k, v, seqlens, rotary_cos, leftpad, batch_idx, block_
 def _forward(q, k, v, out_, asked: dict[str, Any], return_softmax, gen_) -> list[torch.Tensor]:
     has_dropout = asked["dropout_p"] > 0
     check(has_dropout or not return_softmax, "return_softmax", "False where there is no dropout", return_softmax)
-    rng_state = attend.seed(q.device, gen_) if has_dropout else None
+    rng_state = draw_seed(q.device, gen_) if has_dropout else None
     out, lse, probabilities = attend.attend_with_probabilities(q, k, v, asked, rng_state, return_softmax)
     if rng_state is None:
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)

@@ -29,11 +29,11 @@ from tilestack.compat.flash_attn.attend import (
     maybe_contiguous,
     options,
     round_multiple,
-    seed,
 )
 from tilestack.compat.flash_attn.errors import FlashAttentionError, check
 from tilestack.compat.flash_attn.paged_keys import gather_keys
 from tilestack.compat.flash_attn.probabilities import get_block_size_n
+from tilestack.kernels.attention.dropout import draw_seed
 
 __all__ = [
     "FlashAttentionError",
@@ -249,7 +249,7 @@ def _unpack(packed: torch.Tensor, name: str, parts: int) -> tuple[torch.Tensor, 
 
 def _attend(q, k, v, asked, return_attn_probs):
     has_dropout = asked["dropout_p"] > 0
-    rng_state = seed(q.device) if has_dropout else None
+    rng_state = draw_seed(q.device) if has_dropout else None
     if return_attn_probs:
         return attend_with_probabilities(q, k, v, asked, rng_state, has_dropout)
     return attend(q, k, v, asked, rng_state)[0]

@@ -107,8 +107,8 @@ def attention(
     cu_seqlens_q, cu_seqlens_k: packed input only: where each document begins, then the end: int32 [n + 1], on the
         device of q, starting with 0. A document may be empty. Values are never read on the host, so they are not
         checked; rows after the last offset belong to no document.
-    max_seqlen_q, max_seqlen_k: packed input only: no document is longer; None is unknown, which costs a few empty
-        thread blocks.
+    max_seqlen_q, max_seqlen_k: packed input only: no document is longer; None is unknown. Our kernels choose a tile by
+        that of q, one for long documents if it is unknown; other libraries launch thread blocks for such lengths.
     softcap: more than 0: scores are softcap * tanh(score / softcap), before ALiBi and the mask; 0 is none.
     sinks: [Hq], floating point: each head's logit of one more key, which every query sees and whose value is 0.
         Differentiable.
