@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -95,3 +97,53 @@ def test_transformers_does_not_take_the_alias_for_an_installed_flash_attn():
     )
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+FLASH_ATTENTION_2 = """
+import copy
+import torch, transformers
+from transformers import AutoModelForCausalLM, Qwen3Config, modeling_flash_attention_utils
+from transformers.utils import import_utils
+from tilestack.testing.compare import assert_close
+import_utils.is_torch_cuda_available = lambda: True  # without it, transformers never takes flash attention
+import_utils.is_flash_attn_2_available.cache_clear()
+modeling_flash_attention_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX[2]["supported_devices"] = ((lambda: True, "cpu"),)
+sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+models = {}
+for name in ("flash_attention_2", "eager"):
+    torch.manual_seed(0)
+    config = Qwen3Config(**sizes, **heads)
+    models[name] = AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.bfloat16)
+models["exact"] = copy.deepcopy(models["eager"]).float()
+ids = torch.randint(64, (2, 12))
+mask = torch.ones_like(ids)
+mask[0, :4] = 0
+for options in ({}, {"attention_mask": mask}):
+    found = {}
+    for name, model in models.items():
+        model.zero_grad()
+        logits = model(input_ids=ids, **options).logits[mask.bool()]
+        logits.square().mean().backward()
+        found[name] = logits.detach(), model.model.layers[0].self_attn.k_proj.weight.grad.clone()
+    for name, *each in zip(("logits", "gradient"), *found.values(), strict=True):
+        assert_close(name, *each)
+written = [
+    models[name].generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)
+    for name in ("flash_attention_2", "eager")
+]
+assert torch.equal(*written)
+loaded = modeling_flash_attention_utils._lazy_imports("flash_attention_2")
+assert {each.__module__.split(".")[0] for each in loaded} == {"tilestack"}, loaded
+"""
+
+
+@pytest.mark.slow
+def test_transformers_flash_attention_2_runs_on_the_alias_where_a_flash_attn_is_installed(tmp_path):
+    """On the CPU, told that it is a GPU: dense, padded, and with one query a sequence."""
+    information = tmp_path / "flash_attn-2.8.3.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
+    (information / "top_level.txt").write_text("flash_attn\n")
+    done = python(ALIASED + FLASH_ATTENTION_2, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -35,6 +35,11 @@ def plain(logits, labels, smoothing=0.0, scale=1.0, z=0.0, reduction="none"):
     return losses.sum() / divisor, z_losses.sum() / divisor
 
 
+def test_labels_are_integers_of_either_width():
+    logits, labels = make()
+    assert torch.equal(CrossEntropyLoss()(logits, labels.int()), CrossEntropyLoss()(logits, labels))
+
+
 OPTIONS = {"plain": (0.0, 1.0, 0.0), "smoothed": (0.2, 1.0, 0.0), "scaled": (0.0, 0.6, 0.0), "all": (0.1, 0.6, 0.05)}
 
 

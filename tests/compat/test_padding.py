@@ -35,6 +35,11 @@ def test_unpadding_takes_the_tokens_and_padding_puts_them_back():
     assert torch.equal(torch.autograd.grad(padded.sum(), x)[0], MASK[..., None].expand(x.shape).double())
 
 
+def test_padding_takes_indices_of_either_width():
+    tokens, indices, *_ = unpad_input(batch(), MASK)
+    assert torch.equal(pad_input(tokens, indices.int(), 3, 4), pad_input(tokens, indices, 3, 4))
+
+
 def test_unused_tokens_are_packed_but_not_counted_as_used():
     unused = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]])
     tokens, indices, cu_seqlens, max_seqlen, seqused = unpad_input(batch(), MASK.bool(), unused.bool())

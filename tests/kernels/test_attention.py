@@ -162,7 +162,7 @@ def test_the_custom_op_is_registered_as_torch_wants_it(implementation):
         [*(arguments[name].detach()[None].requires_grad_() for name in "qkv"), None, None],
     ):
         op = getattr(torch.ops.tilestack, f"attention_forward_{implementation}").default
-        torch.library.opcheck(op, (*tensors, None, None, None, 0.3, True, -1, 0, -1, -1, False, 0.0, 0.0))
+        torch.library.opcheck(op, (*tensors, None, None, None, 0.3, True, -1, 0, -1, -1, False, 0.0, 0.0, False))
 
 
 def test_lse_carries_no_gradient():
@@ -203,7 +203,7 @@ BAD = {
     "window_size must be an integer, got float": {"window_size": (1.5, 0)},
     "window_size must be an integer, got str": {"window_size": (1, "0")},
     "softmax_scale must be a finite number greater than 0, got '1'": {"softmax_scale": "1"},
-    "deterministic must be True or False, got 'yes'": {"deterministic": "yes"},
+    "deterministic must be True, False or 'keys', got 'yes'": {"deterministic": "yes"},
     "softmax_scale must be a finite number greater than 0, got 0": {"softmax_scale": 0},
     "softmax_scale must be a finite number greater than 0, got inf": {"softmax_scale": float("inf")},
     "cu_seqlens_k belongs to packed input": {"cu_seqlens_k": CU},

@@ -178,7 +178,7 @@ def test_the_custom_op_with_every_feature_is_registered_as_torch_wants_it(implem
     arguments = documents(9, 5)
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "sinks", "alibi_slopes", "dropout_seed")
     op = getattr(torch.ops.tilestack, f"attention_forward_{implementation}").default
-    numbers = (0.3, True, -1, 0, -1, -1, False, 2.0, 0.2)
+    numbers = (0.3, True, -1, 0, -1, -1, False, 2.0, 0.2, False)
     torch.library.opcheck(op, (*[arguments[name] for name in names], *numbers))
 
 

@@ -29,7 +29,7 @@ class Case:
     window: tuple[int, int] = (-1, 0)
     batch: int | None = 1
     offsets: tuple = (None, None)
-    deterministic: bool = False
+    deterministic: bool | str = False
     softcap: float = 0.0
     sinks: bool = False
 
@@ -71,8 +71,9 @@ def gradients(case, emulator, monkeypatch, dtype=torch.bfloat16, kernels=sm90_ba
     cu_seqlens = [None if each is None else torch.tensor(each, dtype=torch.int32) for each in case.offsets]
     left, right = case.window
     params = AttentionParams(
-        case.head_dim**-0.5, right == 0, left, right, -1, -1, case.deterministic, softcap=case.softcap
-    )
+        case.head_dim**-0.5, right == 0, left, right, -1, -1, case.deterministic is True, case.softcap,
+        deterministic_keys=bool(case.deterministic),
+    )  # fmt: skip
     needs = ("q", "k", "v", "sinks") if case.sinks else ("q", "k", "v")
     found = []
     for cast in (dtype, torch.float64):
@@ -106,6 +107,22 @@ def test_an_item_waits_until_the_items_before_it_have_added_their_part(monkeypat
     emulator.reversed = True  # what starts first is what must come last
     with pytest.raises(DeadlockError, match="turn"):
         gradients(CASES["deterministic, causal"], emulator, monkeypatch)
+
+
+def keys_kept_their_bits(group, deterministic, monkeypatch):
+    """Whether dk and dv have the same bits if the items run in the opposite order."""
+    case = Case(70, 100, group, window=(-1, -1), deterministic=deterministic)
+    orders = [Emulator(), Emulator()]
+    orders[1].reversed = True
+    first, second = (gradients(case, each, monkeypatch)[0] for each in orders)
+    return all(torch.equal(first[name], second[name]) for name in ("dk", "dv"))
+
+
+def test_dk_and_dv_need_no_order_where_at_most_two_items_add_to_them(monkeypatch):
+    assert keys_kept_their_bits(4, "keys", monkeypatch)
+    assert not keys_kept_their_bits(3, False, monkeypatch), "then three items need none either"
+    with pytest.raises(DeadlockError, match="turn"):  # all wait for what starts last
+        keys_kept_their_bits(3, "keys", monkeypatch)
 
 
 PLAIN = Case(300, 640, window=(-1, -1))  # more tiles than stages, items of several heads

@@ -28,9 +28,10 @@ PACKAGES = [vendor_flash_attn, vendor_flash_attn_4, vendor_xformers]
 
 
 def params(causal=False, left=-1, right=-1, scale=0.3, lengths=(-1, -1), deterministic=False, cap=0.0, drop=0.0):
+    right = 0 if causal else right
     return AttentionParams(
-        scale, causal or right == 0, left, 0 if causal else right, *lengths, deterministic, cap, drop
-    )
+        scale, right == 0, left, right, *lengths, deterministic is True, cap, drop, bool(deterministic)
+    )  # fmt: skip
 
 
 def call(
@@ -64,7 +65,9 @@ PACKED = {"q": (64, 4, 64), "documents": 3}
         *[(each, UNEVEN, "top left") for each in SDPA],
         *[(each, GROUPED, "grouped") for each in (vendor_sdpa_efficient, vendor_xformers)],
         *[(each, {"deterministic": True}, "deterministic=True") for each in (*SDPA, vendor_xformers)],
+        *[(each, {"deterministic": "keys"}, "deterministic='keys'") for each in (*SDPA, vendor_xformers)],
         (vendor_flash_attn_4, PACKED | {"deterministic": True}, "deterministic=True"),
+        (vendor_flash_attn_4, PACKED | {"deterministic": "keys"}, "deterministic='keys'"),
         *[(each, {"cap": 5.0}, "has no softcap") for each in (*SDPA, vendor_xformers)],
         *[(each, {"given": ("sinks",)}, "has no sinks") for each in (*SDPA, *PACKAGES)],
         *[(each, {"given": ("alibi_slopes",)}, "has no alibi_slopes") for each in (*SDPA, *PACKAGES)],
@@ -102,6 +105,9 @@ def test_the_order_on_a_gpu_is_ours_on_hopper_then_cudnn_and_packed_input_goes_t
     assert OP.choose(call(causal=True)).name == "tilestack"
     assert [OP.choose(call(causal=True, device=each)).name for each in (ampere, blackwell)] == ["cudnn", "cudnn"]
     assert OP.choose(call(**PACKED, device=ampere)).name == "tilestack-triton"
+    of_groups = [call(q=(1, 8, heads, 256), k=(1, 8, 4, 256), deterministic="keys") for heads in (16, 32)]
+    assert [OP.choose(each).name for each in of_groups] == ["tilestack", "tilestack-triton"]
+    assert OP.choose(call(q=(1, 8, 8, 256), deterministic=True)).name == "tilestack-triton"
     old = Device("cuda", "sm_75", "a T4")
     assert "sm_80" in OP.reasons(call(device=old))["cudnn"]
     with pytest.raises(UnsupportedError, match="cudnn.*packed"):

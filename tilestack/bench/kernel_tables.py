@@ -15,16 +15,17 @@ DIRECTIONS = ("forward", "backward")
 
 
 def heading(run: dict) -> str:
-    """On what, when and with which ceilings a run was made."""
+    """On what, when and with which ceilings a run was made; then what its file has to say of it."""
     versions = ", ".join(
         f"{name} {run['versions'][name]}"
         for name in ("torch", "triton", "cudnn", "transformers", "flash-attn-4")
         if name in run["versions"]
     )
+    note = run.get("note")
     return (
-        f"{run['device']}, {versions}, {run['date'][:10]}; this device's ceilings in the same run: "
+        f"{run['device']}, {versions}, {run['date'][:10]}; this device's ceilings{'' if note else ' in the same run'}: "
         f"{run['ceilings']['matmul_tflops']:.0f} TFLOP/s (bf16 product), "
-        f"{run['ceilings']['copy_gbps']:.0f} GB/s (copy)."
+        f"{run['ceilings']['copy_gbps']:.0f} GB/s (copy)." + (f" Note: {note}" if note else "")
     )
 
 
@@ -100,9 +101,15 @@ def _spread(rows: list[dict]) -> str:
 
 def _calls(rows: list[dict], first_case: str) -> list[str]:
     host = {row["implementation"]: row["overhead_us"] for row in rows if _is_host_time(row)}
-    first = {row["implementation"]: row for row in rows if row["cold_s"] is not None}
+    first = [row for row in rows if row["cold_s"] is not None]
     if not host and not first:
         return []
+    columns = {
+        "host us": (host, ".0f"),
+        "first call, nothing compiled, s": ({row["implementation"]: row["cold_s"] for row in first}, ".2f"),
+        "first call, compiled before, s": ({row["implementation"]: row["warm_s"] for row in first}, ".2f"),
+    }
+    columns = {title: column for title, column in columns.items() if column[0]}
     what = "forward and backward"
     lines = [
         f"Host time of {what} at 1 x 128 tokens, and the first {what} of a process at {first_case}, without and with"
@@ -110,14 +117,12 @@ def _calls(rows: list[dict], first_case: str) -> list[str]:
         else f"The first {what} of a process at {first_case}, without and with",
         "compiled kernels on the disk:",
         "",
-        "| implementation | host us | first call, nothing compiled, s | first call, compiled before, s |",
-        "|---|---|---|---|",
+        f"| implementation | {' | '.join(columns)} |",
+        "|---" * (len(columns) + 1) + "|",
     ]
-    for name in ordered([*host, *first]):
-        cells = [host.get(name), first.get(name, {}).get("cold_s"), first.get(name, {}).get("warm_s")]
-        shown = [
-            "" if value is None else f"{value:{form}}" for value, form in zip(cells, (".0f", ".2f", ".2f"), strict=True)
-        ]
+    for name in ordered(name for values, _ in columns.values() for name in values):
+        cells = [(values.get(name), form) for values, form in columns.values()]
+        shown = ["" if value is None else f"{value:{form}}" for value, form in cells]
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return [*lines, ""]
 

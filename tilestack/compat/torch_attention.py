@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 
 from tilestack.kernels import attention, attention_backward, attention_kvcache
+from tilestack.kernels.attention.dropout import draw_seed
 
 __all__ = ["NAME"]
 
@@ -70,7 +71,7 @@ def _flash_attention_forward(
                                            num_splits, options)  # fmt: skip
         seed = None
     else:
-        seed = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=query.device) if dropout_p else None
+        seed = draw_seed(query.device) if dropout_p else None
         out, lse = attention(
             query, key, value, **options, **_packing(cum_seq_q, cum_seq_k, max_q, max_k), dropout_p=dropout_p,
             dropout_seed=seed,

@@ -1,7 +1,7 @@
 """flash-attn's arguments in tilestack's words: what all entry points of this package share.
 
-flash-attn's results are bitwise repeatable but for dq, whether or not `deterministic` is asked for. So every call here
-asks tilestack for deterministic gradients, which cost what the table in tilestack/kernels/attention/README.md says.
+flash-attn's results are bitwise repeatable but for dq, which is so where `deterministic` is asked for. So a call
+that does not ask for it still asks tilestack for that of dk and dv, deterministic="keys".
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ def pad_head_dim(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, missing)) if missing else maybe_contiguous(x)
 
 
-def seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
-    """The state of a call's dropout, int64 [2], from the generator (None: the device's, torch.manual_seed's)."""
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
-
-
 def options(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -50,6 +45,7 @@ def options(
     window_size: Any,
     softcap: float,
     alibi_slopes: torch.Tensor | None,
+    deterministic: bool = False,
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -71,6 +67,7 @@ def options(
         "softcap": max(float(softcap), 0.0),
         "alibi_slopes": alibi_slopes,
         "dropout_p": float(dropout_p),
+        "deterministic": True if deterministic else "keys",
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
         "max_seqlen_q": max_seqlen_q,
@@ -84,7 +81,7 @@ def attend(
     """(out, lse), out differentiable in q, k and v, lse as tilestack has it. asked: from `options`."""
     head_dim = q.shape[-1]
     q, k, v = (pad_head_dim(each) for each in (q, k, v))
-    out, lse = attention(q, k, v, **asked, dropout_seed=rng_state, deterministic=True, return_lse=True)
+    out, lse = attention(q, k, v, **asked, dropout_seed=rng_state, return_lse=True)
     return out if q.shape[-1] == head_dim else out[..., :head_dim], lse
 
 

@@ -79,8 +79,9 @@ class IndexFirstAxisResidual(torch.autograd.Function):
 
 
 def _scatter(values: torch.Tensor, indices: torch.Tensor, rows: int) -> torch.Tensor:
-    # no atomics and no sort, unlike index_select's own backward: the indices are distinct
-    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, indices, values)
+    # No atomics and no sort, unlike index_select's own backward: the indices are distinct. Where there is one query a
+    # sequence, transformers' are int32.
+    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, indices.long(), values)
 
 
 index_first_axis = IndexFirstAxis.apply

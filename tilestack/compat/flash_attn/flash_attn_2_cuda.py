@@ -15,6 +15,7 @@ from tilestack.compat.flash_attn import attend
 from tilestack.compat.flash_attn.errors import check
 from tilestack.compat.flash_attn.paged_keys import gather_keys
 from tilestack.kernels import attention_backward, attention_kvcache, kv_cache_append
+from tilestack.kernels.attention.dropout import draw_seed
 
 __all__ = ["bwd", "fwd", "fwd_kvcache", "varlen_bwd", "varlen_fwd"]
 
@@ -61,6 +62,7 @@ def bwd(
     asked = attend.options(
         q, k, v, dropout_p=p_dropout, softmax_scale=softmax_scale, causal=is_causal,
         window_size=(window_size_left, window_size_right), softcap=softcap, alibi_slopes=alibi_slopes_,
+        deterministic=deterministic,
     )  # fmt: skip
     gradients = _backward(dout, q, k, v, out, softmax_lse, (dq_, dk_, dv_), asked, rng_state)
     return [*gradients, _softmax_d(dout, out, -q.shape[1] % 128)]
@@ -76,6 +78,7 @@ def varlen_bwd(
     asked = attend.options(
         q, k, v, dropout_p=p_dropout, softmax_scale=softmax_scale, causal=is_causal,
         window_size=(window_size_left, window_size_right), softcap=softcap, alibi_slopes=alibi_slopes_,
+        deterministic=deterministic,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     gradients = _backward(dout, q, k, v, out, softmax_lse, (dq_, dk_, dv_), asked, rng_state)
@@ -129,7 +132,7 @@ def _check_cache(q, cache, k, v, seqlens, rotary_cos, leftpad, batch_idx, block_
 def _forward(q, k, v, out_, asked: dict[str, Any], return_softmax, gen_) -> list[torch.Tensor]:
     has_dropout = asked["dropout_p"] > 0
     check(has_dropout or not return_softmax, "return_softmax", "False where there is no dropout", return_softmax)
-    rng_state = attend.seed(q.device, gen_) if has_dropout else None
+    rng_state = draw_seed(q.device, gen_) if has_dropout else None
     out, lse, probabilities = attend.attend_with_probabilities(q, k, v, asked, rng_state, return_softmax)
     if rng_state is None:
         rng_state = torch.zeros(2, dtype=torch.int64, device=q.device)
@@ -139,9 +142,7 @@ def _forward(q, k, v, out_, asked: dict[str, Any], return_softmax, gen_) -> list
 def _backward(dout, q, k, v, out, lse, targets, asked: dict[str, Any], rng_state) -> list[torch.Tensor]:
     check(asked["dropout_p"] == 0 or rng_state is not None, "rng_state", "that of the forward pass", rng_state)
     padded = [attend.pad_head_dim(each) for each in (dout, q, k, v, out)]
-    gradients = attention_backward(
-        *padded, attend.lse_from_flash_attn(lse), **asked, dropout_seed=rng_state, deterministic=True
-    )
+    gradients = attention_backward(*padded, attend.lse_from_flash_attn(lse), **asked, dropout_seed=rng_state)
     gradients = [each[..., : q.shape[-1]] for each in gradients]
     return [each if target is None else target.copy_(each) for each, target in zip(gradients, targets, strict=True)]
 

@@ -10,7 +10,7 @@ causal: query i sees keys up to i + Sk - Sq (aligned at the bottom right).
 window_size: (left, right): query i sees keys from i + Sk - Sq - left to i + Sk - Sq + right; -1 is no limit.
 softcap: more than 0: scores are softcap * tanh(score / softcap). Not together with dropout.
 alibi_slopes: [H] or [B, H], float32: -slope * |i + Sk - Sq - j| is added to the scores.
-deterministic: gradients are bitwise repeatable with either value; see attend.py.
+deterministic: the gradient of q has the same bits each time, too; those of k and v, as all else, have them anyway.
 return_attn_probs: return (out, softmax_lse, S_dmask) and not out alone. softmax_lse: [B, H, Sq] or [H, total_q],
     float32, the logarithm of the sum of exp(score), +inf where a query sees no key. S_dmask: see probabilities.py; of
     shape [0] without dropout. Neither carries a gradient.
@@ -29,11 +29,11 @@ from tilestack.compat.flash_attn.attend import (
     maybe_contiguous,
     options,
     round_multiple,
-    seed,
 )
 from tilestack.compat.flash_attn.errors import FlashAttentionError, check
 from tilestack.compat.flash_attn.paged_keys import gather_keys
 from tilestack.compat.flash_attn.probabilities import get_block_size_n
+from tilestack.kernels.attention.dropout import draw_seed
 
 __all__ = [
     "FlashAttentionError",
@@ -66,7 +66,7 @@ def flash_attn_func(
     """Attention. q: [B, Sq, H, D]; k, v: [B, Sk, Hk, D]. Returns out like q."""
     asked = options(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes,
+        softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic,
     )  # fmt: skip
     return _attend(q, k, v, asked, return_attn_probs)
 
@@ -141,8 +141,8 @@ def flash_attn_varlen_func(
         k, v, cu_seqlens_k = gather_keys(k, v, cu_seqlens_k, max_seqlen_k, block_table, None, None)
     asked = options(
         q, k, v, dropout_p=dropout_p, softmax_scale=softmax_scale, causal=causal, window_size=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        softcap=softcap, alibi_slopes=alibi_slopes, deterministic=deterministic, cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
     )  # fmt: skip
     return _attend(q, k, v, asked, return_attn_probs)
 
@@ -249,7 +249,7 @@ def _unpack(packed: torch.Tensor, name: str, parts: int) -> tuple[torch.Tensor, 
 
 def _attend(q, k, v, asked, return_attn_probs):
     has_dropout = asked["dropout_p"] > 0
-    rng_state = seed(q.device) if has_dropout else None
+    rng_state = draw_seed(q.device) if has_dropout else None
     if return_attn_probs:
         return attend_with_probabilities(q, k, v, asked, rng_state, has_dropout)
     return attend(q, k, v, asked, rng_state)[0]

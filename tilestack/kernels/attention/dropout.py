@@ -20,9 +20,9 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _POSITIONS = 8  # keys whose 16 bits come from one call of Philox
 
 
-def draw_seed(device: torch.device) -> torch.Tensor:
-    """(seed, offset), int64 [2], from the device's default generator; nothing is read on the host."""
-    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device)
+def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> torch.Tensor:
+    """(seed, offset), int64 [2], from the generator (None: the device's default one); nothing is read on the host."""
+    return torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=device, generator=generator)
 
 
 def threshold(dropout_p: float) -> int:

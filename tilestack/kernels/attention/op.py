@@ -35,6 +35,7 @@ class AttentionParams:
     causal: exactly window_right == 0.
     window_left, window_right: keys seen to the left and right of the query's own position; -1 is no limit.
     max_seqlen_q, max_seqlen_k: packed input's longest document; -1 is unknown (and in dense input).
+    deterministic, deterministic_keys: the same bits each time in all gradients; in dk and dv at least.
     softcap, dropout_p: 0 is none.
     """
 
@@ -47,6 +48,7 @@ class AttentionParams:
     deterministic: bool
     softcap: float = 0.0
     dropout_p: float = 0.0
+    deterministic_keys: bool = False
 
 
 def _fake(q, k, v, *rest) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +91,7 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: torch.Tensor | None = None,
-    deterministic: bool = False,
+    deterministic: bool | str = False,
     return_lse: bool = False,
     implementation: str | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -105,8 +107,8 @@ def attention(
     cu_seqlens_q, cu_seqlens_k: packed input only: where each document begins, then the end: int32 [n + 1], on the
         device of q, starting with 0. A document may be empty. Values are never read on the host, so they are not
         checked; rows after the last offset belong to no document.
-    max_seqlen_q, max_seqlen_k: packed input only: no document is longer; None is unknown, which costs a few empty
-        thread blocks.
+    max_seqlen_q, max_seqlen_k: packed input only: no document is longer; None is unknown. Our kernels choose a tile by
+        that of q, one for long documents if it is unknown; other libraries launch thread blocks for such lengths.
     softcap: more than 0: scores are softcap * tanh(score / softcap), before ALiBi and the mask; 0 is none.
     sinks: [Hq], floating point: each head's logit of one more key, which every query sees and whose value is 0.
         Differentiable.
@@ -116,7 +118,8 @@ def attention(
         all keys.
     dropout_seed: int64 [2], (seed, offset), on the device of q: fixes what is dropped (dropout.py says how). None draws
         it from the device's default generator, so that torch.manual_seed fixes it.
-    deterministic: the gradients must have the same bits each time.
+    deterministic: True: the gradients must have the same bits each time. "keys": those of k and v must, which is what
+        flash-attn promises by itself. It costs time where an implementation adds to them in no fixed order.
     return_lse: also return the log-sum-exp.
     implementation: a name of `tilestack.kernels.ops()["attention"].implementations`; None chooses.
 
@@ -222,8 +225,8 @@ def _checked(
     }  # fmt: skip
     checks.tensors("attention", q=q, k=k, v=v, **{name: each for name, each in optional.items() if each is not None})
     _check_tensors(q, k, v)
-    if not isinstance(deterministic, bool):
-        raise ValueError(f"attention: deterministic must be True or False, got {deterministic!r}")
+    if not isinstance(deterministic, bool) and deterministic != "keys":
+        raise ValueError(f"attention: deterministic must be True, False or 'keys', got {deterministic!r}")
     _check_packing(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _check_scores(q, cu_seqlens_q, softcap, sinks, alibi_slopes)
     _check_dropout(q, dropout_p, dropout_seed)
@@ -235,9 +238,10 @@ def _checked(
         window_right=right,
         max_seqlen_q=-1 if max_seqlen_q is None else max_seqlen_q,
         max_seqlen_k=-1 if max_seqlen_k is None else max_seqlen_k,
-        deterministic=deterministic,
+        deterministic=deterministic is True,
         softcap=float(softcap),
         dropout_p=float(dropout_p),
+        deterministic_keys=bool(deterministic),
     )
 
 

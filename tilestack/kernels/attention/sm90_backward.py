@@ -13,12 +13,12 @@ import triton.language as tl
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import tensor_descriptor
 from tilestack.kernels.attention.features import sink_gradient
-from tilestack.kernels.attention.layout import rows_by_heads
+from tilestack.kernels.attention.layout import pad_heads, rows_by_heads
 from tilestack.kernels.attention.sm90_backward_kernel import attention_backward_kernel
-from tilestack.kernels.attention.sm90_configs import backward_config, backward_section, tile_size
+from tilestack.kernels.attention.sm90_configs import adds_in_turn, backward_config, backward_section, tile_size
 from tilestack.kernels.attention.sm90_schedule import key_table, query_blocks
+from tilestack.kernels.triton_numerics import LOG2E
 
-LOG2E = 1.4426950408889634
 PREPARE_ROWS = 64
 FINISH_ROWS = 64
 
@@ -39,7 +39,7 @@ def prepare_kernel(
     dout = tl.load(dout_ptr + places * stride_dout + head * D + columns[None, :], mask=mask, other=0.0)
     of_lse = (rows // length * heads + head).to(tl.int64) * length + rows % length
     lse = tl.load(lse_ptr + of_lse, mask=exists, other=0.0)
-    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    lse2 = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     place = head.to(tl.int64) * total_q + rows
     tl.store(lse2_ptr + place, lse2, mask=exists)
     tl.store(delta_ptr + place, tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1), mask=exists)
@@ -89,8 +89,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, out, lse, *
         return tuple(torch.zeros(zeros[name].shape, dtype=zeros[name].dtype, device=q.device) for name in needs)
     heads, head_dim = q.shape[-2:]
     size = tile_size(head_dim)
-    if size != head_dim:  # columns of zeros change no product
-        dout, q, k, v, out = (torch.nn.functional.pad(each, (0, size - head_dim)) for each in (dout, q, k, v, out))
+    dout, q, k, v, out = (pad_heads(each, size) for each in (dout, q, k, v, out))  # zeros change no product
     dq, dk, dv, delta = _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params)
     found = {"q": dq, "k": dk, "v": dv}
     if size != head_dim:
@@ -124,7 +123,8 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     dq_sum, *others = sums.split(sizes)
     dk_sum, dv_sum = others or (dq_sum, dq_sum)  # not used
     turns = dq_desc = dq_tail_desc = dk_desc = dv_desc = None
-    if params.deterministic:
+    in_turn = adds_in_turn(params.deterministic, params.deterministic_keys, group)
+    if in_turn:
         turns = torch.zeros(heads * n_q_blocks + n_items * kv_heads, dtype=torch.int32, device=q.device)
     if config.DQ_SHARED:
         lines = dq_sum.view(-1, head_dim // 32, 32).transpose(0, 1)
@@ -140,7 +140,7 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     if config.TAIL:
         tails = [[size, config.TAIL] for size in blocks]
         tail_descs = [tensor_descriptor(*each, 2 * config.TAIL) for each in zip(rows, tails, strict=True)]
-    scale2 = params.softmax_scale * LOG2E
+    scale2 = params.softmax_scale * LOG2E.value
     if params.softcap:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
         scale2 *= 2 / params.softcap
     kinds = lse.data_ptr() % 16, out_rows.stride(), rows[3].stride()
@@ -157,10 +157,10 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
             *descs, *tail_descs, lse2, delta, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
             dq_sum, dk_sum, dv_sum, turns, items, n_columns,
             backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q, total_k,
-            params.window_left, params.window_right, params.softmax_scale, scale2, params.softcap * LOG2E,
+            params.window_left, params.window_right, params.softmax_scale, scale2, params.softcap * LOG2E.value,
             kv_heads * head_dim, GROUP=group, **vars(config),
             HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0, HAS_SOFTCAP=params.softcap > 0,
-            DETERMINISTIC=params.deterministic, num_warps=8,
+            DETERMINISTIC=in_turn, num_warps=8,
         )  # fmt: skip
         n_dq, n_dkv = launch.cdiv(total_q, FINISH_ROWS) * heads, launch.cdiv(total_k, FINISH_ROWS) * kv_heads
         launch.again(

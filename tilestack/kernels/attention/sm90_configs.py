@@ -74,12 +74,24 @@ BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_
 DETERMINISTIC_UP_TO = 192  # head dimension; beyond, the block of dQ that waits for its turn finds no shared memory
 
 
-def backward_config(head_dim: int, group: int, softcap: bool) -> Backward:
+def item_heads(group: int) -> int:
     """Two query heads an item: K and V are loaded for twice the work, and there are still items enough."""
+    return 2 if group % 2 == 0 else 1
+
+
+def adds_in_turn(deterministic: bool, deterministic_keys: bool, group: int) -> bool:
+    """Whether items must add in a fixed order.
+
+    dk and dv need none where at most two items add to them: a sum of two numbers is the same both ways.
+    """
+    return deterministic or (deterministic_keys and group > 2 * item_heads(group))
+
+
+def backward_config(head_dim: int, group: int, softcap: bool) -> Backward:
     block_m, block_n, main, tail, stages, carry, shared = BACKWARD[head_dim]
     if softcap:  # one more tile of registers
         block_m, carry = 64, False
-    return Backward(block_m, block_n, main, tail, stages, 2 if group % 2 == 0 else 1, carry, shared)
+    return Backward(block_m, block_n, main, tail, stages, item_heads(group), carry, shared)
 
 
 def _largest_divisor(n: int, limit: int) -> int:

@@ -55,8 +55,8 @@ from tilestack.kernels.attention.features import lse_of_no_keys
 from tilestack.kernels.attention.layout import empty_lse, pad_heads, rows_by_heads
 from tilestack.kernels.attention.sm90_configs import Forward, forward_config, tile_size
 from tilestack.kernels.attention.sm90_schedule import dense_schedule, piece, query_table, share, work_item
+from tilestack.kernels.triton_numerics import LN2, LOG2E
 
-LOG2E = 1.4426950408889634
 ROWS = gl.constexpr(64)  # queries of a consumer: those of one wgmma
 FLOOR = gl.constexpr(-1.0e30)
 SLACK = gl.constexpr(8.0)  # powers of two by which a weight may exceed 1 before out is rescaled
@@ -369,12 +369,12 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
         sums = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, C.scores))
         of_keys = 1.0
         if C.HAS_SINKS:
-            sink = gl.cast(gl.load(sinks + head), gl.float32) * 1.4426950408889634
+            sink = gl.cast(gl.load(sinks + head), gl.float32) * LOG2E
             largest = gl.maximum(m, sink)
             of_keys = gl.exp2(m - largest)
             sums = sums * of_keys + gl.exp2(sink - largest)
             m = largest
-        lse = (m + gl.log2(sums)) * 0.6931471805599453
+        lse = (m + gl.log2(sums)) * LN2
         gl.store(lse_ptr + (head * stride_lse + row_lse + which * ROWS + rows), lse, mask=rows < n_rows)
         inverse = gl.where(sums > 0, of_keys / sums, 0.0)
         out, rest = wait_out(out_issued, rest_issued, C)
@@ -487,9 +487,9 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
     items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m)
     programs = min(bound * heads, launch.multiprocessors(q))
     schedule = dense_schedule(q, k, block_m, config.BLOCK_N, params, programs) if dense else items
-    scale, inner, cap = params.softmax_scale * LOG2E, 0.0, params.softcap * LOG2E
+    scale, inner, cap = params.softmax_scale * LOG2E.value, 0.0, params.softcap * LOG2E.value
     if cap:  # capped scores are powers of two already
-        scale, inner = 1.0, 2 * params.softmax_scale * LOG2E / params.softcap
+        scale, inner = 1.0, 2 * params.softmax_scale * LOG2E.value / params.softcap
     tensors = [rows_by_heads(pad_heads(each, size)) for each in (q, k, v)]
     tensors.append(rows_by_heads(out) if head_dim == size else tensors[0])  # padded, out does not leave by TMA
     sinks_kind = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16)

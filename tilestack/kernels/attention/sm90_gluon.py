@@ -6,7 +6,7 @@ import torch
 
 from tilestack.kernels.attention.features import SINKS, SOFTCAP, refuses_features
 from tilestack.kernels.attention.sm90_backward import backward
-from tilestack.kernels.attention.sm90_configs import DETERMINISTIC_UP_TO, FORWARD
+from tilestack.kernels.attention.sm90_configs import DETERMINISTIC_UP_TO, FORWARD, adds_in_turn
 from tilestack.kernels.attention.sm90_forward import forward
 from tilestack.kernels.dispatch import Call
 
@@ -25,9 +25,11 @@ def refuses(call: Call) -> str | None:
     missing = refuses_features(call, (SOFTCAP, SINKS))
     if missing:
         return missing
-    if call.needs_grad and call.params.deterministic and head_dim > DETERMINISTIC_UP_TO:
-        return f"has no shared memory left to order dq with head dimensions over {DETERMINISTIC_UP_TO}, got {head_dim}"
     *rows, heads, _ = call.shape("q")
+    group = heads // call.shape("k")[-2]
+    in_turn = adds_in_turn(call.params.deterministic, call.params.deterministic_keys, group)
+    if call.needs_grad and in_turn and head_dim > DETERMINISTIC_UP_TO:
+        return f"has no shared memory left to order dq with head dimensions over {DETERMINISTIC_UP_TO}, got {head_dim}"
     if torch.Size(rows).numel() * heads * 2 >= 2**31:
         return "counts queries times heads in 32 bits"
     return None

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels.attention.triton_blocks import VARYING, load_rows, locate, sees, span, store_rows
-from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential
 from tilestack.kernels.attention.triton_scores import exponents, kept, load_seed, load_slope
+from tilestack.kernels.triton_numerics import dot, exponent_unit, exponential
 
 
 @triton.jit

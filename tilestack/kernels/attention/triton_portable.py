@@ -1,7 +1,7 @@
 """Attention in Triton: the host side. The kernels are in triton_forward.py and triton_backward.py.
 
 Dense and packed input run the same kernels. Blocks of packed documents are found on the device, in cu_seqlens, so that
-nothing is read on the host and max_seqlen is not needed.
+nothing is read on the host; max_seqlen chooses a tile and no grid.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels.attention import dropout
-from tilestack.kernels.attention.triton_numerics import exponent_unit, hyperbolic_tangent
+from tilestack.kernels.triton_numerics import exponent_unit, hyperbolic_tangent
 
 ROUNDS = tl.constexpr(dropout.ROUNDS)
 

@@ -73,10 +73,11 @@ class Abilities:
         return None
 
     def _refuses_determinism(self, call: Call) -> str | None:
-        if not (call.params.deterministic and call.needs_grad):
+        asked = True if call.params.deterministic else "keys" if call.params.deterministic_keys else None
+        if not (asked and call.needs_grad):
             return None
         if not (self.deterministic_packed if is_packed(call) else self.deterministic):
-            return "has no backward that gives the same bits each time, and deterministic=True was asked for"
+            return f"has no backward that gives the same bits each time, and deterministic={asked!r} was asked for"
         return None
 
 

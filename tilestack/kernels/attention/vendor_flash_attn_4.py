@@ -33,7 +33,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, *, needs
     from flash_attn.cute.interface import _flash_attn_bwd
 
     dout, q, k, v = (readable(each) for each in (dout, q, k, v))
-    arguments = {**_options(params), "deterministic": params.deterministic}
+    arguments = {**_options(params), "deterministic": params.deterministic or params.deterministic_keys}
     if cu_seqlens_q is not None:
         arguments |= _packing(q, k, cu_seqlens_q, cu_seqlens_k, params)
         for name, tensor in (("dq", q), ("dk", k), ("dv", v)):

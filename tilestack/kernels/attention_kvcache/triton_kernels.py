@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels.attention.triton_blocks import sees, span
-from tilestack.kernels.attention.triton_numerics import dot, exponent_unit, exponential, logarithm
 from tilestack.kernels.attention.triton_scores import exponents
 from tilestack.kernels.kv_cache_append.triton_rotary import load_rotated
+from tilestack.kernels.triton_numerics import dot, exponent_unit, exponential, logarithm
 
 
 @triton.jit

@@ -13,13 +13,13 @@ import triton.language as tl
 from tilestack.kernels import launch
 from tilestack.kernels.cross_entropy.configs import BLOCK_V, NUM_WARPS
 from tilestack.kernels.dispatch import Call
+from tilestack.kernels.triton_numerics import LOG2E
 
 
 def refuses(call: Call) -> str | None:
     return "has no float64 path" if call.dtype("dlogits") == torch.float64 else None
 
 
-LOG2E = tl.constexpr(1.4426950408889634)
 LN2_HIGH = tl.constexpr(0.693145751953125)  # few enough bits that a product with a small integer is exact
 LN2_LOW = tl.constexpr(1.4286068203094173e-06)
 

@@ -26,6 +26,7 @@ from tilestack.kernels._gluon import (
     warpgroup_mma_wait,
 )
 from tilestack.kernels.moe import sm90_layout
+from tilestack.kernels.triton_numerics import LOG2E
 
 SECOND = gl.constexpr(16)  # the bit beside an expert that says that its last block's second half has rows
 FEW_BLOCKS = gl.constexpr(sm90_layout.FEW_BLOCKS)
@@ -273,4 +274,4 @@ def store_chunk(desc, row, column, chunk, staging, which: gl.constexpr, index: g
 
 @gluon.jit
 def sigmoid(x):
-    return reciprocal(1.0 + gl.exp2(x * -1.4426950408889634))
+    return reciprocal(1.0 + gl.exp2(x * -LOG2E))

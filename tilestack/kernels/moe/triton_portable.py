@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from tilestack.kernels import launch
-from tilestack.kernels.attention.triton_numerics import exponential
 from tilestack.kernels.device import Device
 from tilestack.kernels.dispatch import Call
 from tilestack.kernels.moe.combine import combine
@@ -25,6 +24,7 @@ from tilestack.kernels.moe.configs import (
 )
 from tilestack.kernels.sort_routes import triton_portable as sorting
 from tilestack.kernels.sort_routes.op import SortRoutesParams
+from tilestack.kernels.triton_numerics import exponential
 
 AUXILIARY = ("pre_activation", "expert_offsets", "sorted_to_route", "route_to_sorted")
 SAVED = ("x", "gate_up", "down", "topk_weights", "gate_up_grad", "down_grad", *AUXILIARY)

@@ -26,6 +26,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         inplace_backward=False,
         process_group=None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        labels = labels.long()
         shards = 1 if process_group is None else dist.get_world_size(process_group)
         shard = 0 if process_group is None else dist.get_rank(process_group)
         options = {
@@ -78,7 +79,7 @@ def cross_entropy_loss(
     """The loss of each row.
 
     logits: [T, V], or with process_group this rank's V columns of all ranks' in order.
-    labels: [T], int64: classes of all ranks, or ignore_index.
+    labels: [T], integers: classes of all ranks, or ignore_index.
     precomputed_lse: [T], float32: the logarithm of the sum of exp(logits) of this rank. Used where logit_scale is 1 and
         label_smoothing 0.
     lse_square_scale: adds lse_square_scale * lse^2 to each loss, which z_losses also has apart.

@@ -1,4 +1,5 @@
-"""Products and exponentials of the Triton kernels, which float32 inputs need more exactly than 16-bit ones.
+"""What several ops' kernels compute with: constants, and products and exponentials for float32 inputs, which need them
+more exactly than 16-bit ones.
 
 PRECISION is the dtype's: "ieee" for float32, "tf32" (which means nothing to them) for 16-bit dtypes.
 """
