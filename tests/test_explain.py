@@ -9,6 +9,7 @@ from tilestack.app.config import Config, DataConfig, ModelConfig
 from tilestack.app.errors import UserError
 from tilestack.app.explain import explain, named_device, training_calls
 from tilestack.app.model import new_config
+from tilestack.distributed import DistributedConfig, SettingsError
 from tilestack.kernels import ops
 
 QWEN = Config(
@@ -24,6 +25,14 @@ def paragraph(text: str, op: str) -> list[str]:
     lines = [line.strip() for line in text.splitlines()]
     start = next(index for index, line in enumerate(lines) if line.startswith((f"{op} (", f"{op}:")))
     return lines[start : lines.index("", start) if "" in lines[start:] else len(lines)]
+
+
+def test_what_ranks_share_is_in_the_picture_and_a_split_that_cannot_be_is_refused():
+    split = dataclasses.replace(QWEN, distributed=DistributedConfig(expert_parallel=4, sequence_parallel=2))
+    text = explain(split, H100)
+    assert "experts    split over 4 ranks, tokens sent in 2 parts" in text and "rows       split over 2 ranks" in text
+    with pytest.raises(SettingsError, match="must divide the model's 128 experts"):
+        explain(dataclasses.replace(QWEN, distributed=DistributedConfig(expert_parallel=3)), H100)
 
 
 def test_the_picture_has_its_five_boxes_in_order():

@@ -123,6 +123,16 @@ def test_a_configuration_is_planned_part_by_part(capsys):
     assert code == 1 and "does not fit" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("device", "offload"), [("cpu", True), ("none", False)])
+def test_a_deepspeed_file_that_offloads_is_planned_so(device, offload, tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": device}}}))
+    tree = to_plain(Config())
+    tree["distributed"]["deepspeed_config"] = str(path)
+    planned = training_of(from_tree(tree), 2)
+    assert (planned.zero, planned.offload) == (3, offload)
+
+
 def test_json_has_every_figure(capsys):
     found = json.loads(said(capsys, "--model Qwen3-30B-A3B --layers 12 --gpus 2 --gpu H100 --json"))
     assert found["model"] == "Qwen3-30B-A3B, 12 layers"

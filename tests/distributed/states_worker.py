@@ -95,6 +95,8 @@ def gradients_on_their_way(engine) -> Iterator[dict]:
             found["reduced" if reducing else "updated"].append(flat.nbytes)
         return flat
 
+    if engine.stage == 3:
+        found["buckets"] = sum(bucket.buffer.nbytes for bucket in zero.ipg_buckets.values())
     setattr(owner, method, reduced)
     zero.flatten = flattened
     yield found

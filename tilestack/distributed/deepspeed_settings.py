@@ -138,8 +138,17 @@ def zero_stage(distributed: DistributedConfig) -> int:
     """The ZeRO stage that is meant: tilestack's, the one in the user's file, or 2. Raises SettingsError."""
     if distributed.zero is not None:
         return distributed.zero
+    return _own_zero(distributed).get("stage", DEFAULT_STAGE)
+
+
+def offloads(distributed: DistributedConfig) -> bool:
+    """Whether the user's file keeps the optimizer's state off the device. Raises SettingsError."""
+    return _own_zero(distributed).get("offload_optimizer", {}).get("device", "none") != "none"
+
+
+def _own_zero(distributed: DistributedConfig) -> dict[str, Any]:
     own = _read(distributed.deepspeed_config) if distributed.deepspeed_config else {}
-    return own.get("zero_optimization", {}).get("stage", DEFAULT_STAGE)
+    return own.get("zero_optimization", {})
 
 
 def _keep_states(settings: dict[str, Any], optimizer: OptimizerConfig, accumulation: int, dtype: torch.dtype) -> None:

@@ -11,8 +11,9 @@ travel home with the rows' (a third, small all-to-all). Partials are summed in f
 same input gives the same bits.
 
 How many rows go where is counted on the device and exchanged there, but the collective wants the sizes on the host: one
-wait a layer in the forward pass, and another where activation checkpointing makes the layer again. Tokens go in
-`chunks`: while the experts work on one, the next travels (forward and backward).
+wait a layer in the forward pass, and another where activation checkpointing makes the layer again (the README says why,
+and what it would take not to). Tokens go in `chunks`: while the experts work on one, the next travels (forward and
+backward).
 """
 
 from __future__ import annotations

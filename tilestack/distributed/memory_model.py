@@ -163,7 +163,8 @@ class Sizes:
         t = self.training
         if not t.deepspeed or t.zero == 0 or self.keeps_sums():
             return 0.0
-        return {1: 4 * BUCKET, 2: t.itemsize * 2 * self.bucket_elements(), 3: t.itemsize * BUCKET}[t.zero]
+        sent = 4 if t.sequence_parallel > 1 else t.itemsize  # where rows are split DeepSpeed sends float32
+        return self.bucket_elements() * {1: 4, 2: 2 * t.itemsize, 3: sent}[t.zero]
 
     def keeps_sums(self) -> bool:
         """ZeRO-1 in bfloat16, state on the device: DeepSpeed's BF16_Optimizer, with float32 sums of all gradients."""
@@ -171,8 +172,8 @@ class Sizes:
         return t.deepspeed and t.zero == 1 and t.dtype == "bfloat16" and not t.offload
 
     def bucket_elements(self) -> float:
-        """Of ZeRO-2; `zero_step.bucket_elements`."""
-        return max(self.block, self.head)
+        """ZeRO-2's are as large as the weights of one module: `zero_step.bucket_elements`."""
+        return max(self.block, self.head) if self.training.zero == 2 else BUCKET
 
     def matrices(self) -> list[tuple[int, int]]:
         """The shapes of a layer's weights beside the experts, in the order in which they get their gradients."""
@@ -182,7 +183,7 @@ class Sizes:
         return [(m.num_experts, hidden), (hidden, query), (key, hidden), (key, hidden), (query, hidden)]
 
     def sent_together(self) -> Iterator[tuple[float, float]]:
-        """ZeRO-2's backward pass: (elements of a bucket that is full, of the gradients that wait for room in it).
+        """ZeRO 2 and 3, backward: (elements of a bucket that is full, of the gradients that wait for room in it).
 
         A bucket is full when the next gradient does not fit. Those of a layer's experts come together.
         """
@@ -197,14 +198,14 @@ class Sizes:
         yield filled, 0.0
 
     def on_the_way(self) -> float:
-        """ZeRO-2: the copy of a bucket that is reduced, with the gradients that wait meanwhile."""
+        """ZeRO 2 and 3: the copy of a bucket that is reduced, with the gradients that wait meanwhile."""
         t = self.training
         narrow = t.dtype == "bfloat16"
 
         def taken(filled: float, waiting: float) -> float:
             copied = t.itemsize * filled
             if narrow and t.sequence_parallel > 1:  # DeepSpeed sends float32 then
-                copied += 4 * filled
+                copied = (8 if t.zero == 3 else t.itemsize + 4) * filled  # ZeRO-3: each gradient, and all in one piece
             elif narrow and self.sums_in_float32:  # one weight's part is widened to be added
                 copied += 4 * min(filled, max(self.block * 2 / 3, self.head))
             return copied * (t.gpus > 1) + t.itemsize * waiting
@@ -287,7 +288,7 @@ class Sizes:
         # of ZeRO 0 and 1, or without DeepSpeed, they are among the gradients
         on_the_way = t.itemsize * self.block if t.deepspeed and t.zero >= 2 else 0.0
         at_work = self.at_work()
-        if t.deepspeed and t.zero == 2 and self.on_the_way() > on_the_way + at_work:
+        if t.deepspeed and t.zero >= 2 and self.on_the_way() > on_the_way + at_work:
             on_the_way, at_work = self.on_the_way(), 0.0  # the experts have done their part when theirs are sent
         return {
             "gradients": self.gradients(layer - 1),

@@ -216,7 +216,7 @@ def _zero(
     DeepSpeed's way: stages 0 to 2 sum bf16 gradients on all ranks (twice the bytes of reducing and scattering them), 0
     and 1 once a step after the last backward, 2 for every micro-batch beside the backward. Stage 1 gathers the weights
     after the update, stage 2 beside it (zero_step.py). Stage 3 gathers in each pass, forward and backward, and reduces
-    and scatters every micro-batch.
+    and scatters every micro-batch. Where rows are split it sends gradients in float32.
     """
     others, experts = parameters(model)
     layers, n = model.num_hidden_layers, layout.accumulation
@@ -227,21 +227,25 @@ def _zero(
         )
     else:
         shares[0] = (2 * (others + experts), layout.gpus, 1)
+    wide = 2 if layout.sequence_parallel > 1 else 1
     once = sum(_ring(machine, size, ranks, apart, 1) for size, ranks, apart in shares)
+    summed = 2 * sum(_ring(machine, wide * size, ranks, apart, 1) for size, ranks, apart in shares)
     if layout.zero == 0:
-        return 2 * once, 0.0
+        return summed, 0.0
     if layout.zero == 1:
-        return 2 * once, once
+        return summed, once
     if layout.zero == 2:
         hidden = machine.hidden_share * _update(model, layout, machine)
         # the first layer's and the embedding's gradients are there when the backward pass has ended
         last = (model.vocab_size * model.hidden_size + (others + experts) / (layers + 1)) / (others + experts)
-        reduced = max(2 * once * min(1.0, last), 2 * once - machine.hidden_share * backward)
+        reduced = max(summed * min(1.0, last), summed - machine.hidden_share * backward)
         return n * reduced, max(0.0, once - hidden)
     gathered = sum(_ring(machine, size, ranks, apart, 2 * layers) for size, ranks, apart in shares)
+    scattered = sum(_ring(machine, wide * size, ranks, apart, 2 * layers) for size, ranks, apart in shares)
     in_forward = max(0.0, gathered - machine.hidden_share * forward)
-    in_backward = max(0.0, 2 * gathered - machine.hidden_share * backward)
-    return n * in_backward / 2, n * (in_forward + in_backward / 2)
+    in_backward = max(0.0, gathered + scattered - machine.hidden_share * backward)
+    share = scattered / (gathered + scattered) if scattered else 0.0
+    return n * in_backward * share, n * (in_forward + in_backward * (1 - share))
 
 
 def _ring(machine: Machine, size: float, ranks: int, apart: int, calls: int) -> float:

@@ -2,10 +2,9 @@
 
 DeepSpeed's own steps read a rank's gradients many times before AdamW does (searches for what is not finite, the norm in
 float64, a copy in float32, the clipping in place), wait for the device, copy the new weights, and ZeRO 2 gathers them
-when all are updated. On two H100s and 4 layers of Qwen3-30B-A3B, that took 62 ms where AdamW has to move its bytes for
-17. Here `kernels.adamw` reads the gradient as it is, clips while it updates, writes the model's own weights, and leaves
-everything as it is where the norm is not finite. ZeRO 2 gathers each group while the next one is updated. Nothing waits
-for the device.
+when all are updated. Here `kernels.adamw` reads the gradient as it is, clips while it updates, writes the model's own
+weights, and leaves everything as it is where the norm is not finite. ZeRO 2 gathers each group while the next one is
+updated. Nothing waits for the device.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from tilestack.app.config import Config
-from tilestack.distributed.deepspeed_settings import zero_stage
+from tilestack.distributed.deepspeed_settings import offloads, zero_stage
 from tilestack.distributed.memory_model import MOMENT_BYTES, Memory, Training, host_bytes, memory
 from tilestack.distributed.step_model import StepTime, step_time, tflops, tokens_per_second
 
@@ -94,7 +94,8 @@ def training_of(config: Config, gpus: int) -> Training:
         accumulation=config.train.micro_batches // ranks, zero=stage,
         expert_parallel=distributed.expert_parallel, expert_chunks=distributed.expert_chunks,
         sequence_parallel=distributed.sequence_parallel, checkpointing=config.model.activation_checkpointing,
-        offload=optimizer.offload, dtype=config.model.dtype, deepspeed=deepspeed, moments=optimizer.moments,
+        offload=optimizer.offload or (deepspeed and offloads(distributed)), dtype=config.model.dtype,
+        deepspeed=deepspeed, moments=optimizer.moments,
         master_weights=optimizer.master_weights, activation_offload=config.model.activation_offload,
     )  # fmt: skip
 
