@@ -248,11 +248,15 @@ class Sizes:
         """Expert parallelism: rows that arrive for each token of this rank's own."""
         return rows_of_a_token(self.training.expert_parallel, self.model.num_experts_per_tok)
 
+    def chunks(self) -> int:
+        """In how many parts the tokens reach the experts."""
+        return self.training.expert_chunks if self.training.expert_parallel > 1 else 1
+
     def at_work(self) -> float:
         """In the backward of one layer, beside what it keeps: the larger of its two halves."""
         m, t = self.model, self.training
         inner = m.moe_intermediate_size
-        experts = m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size)
+        experts = m.num_experts_per_tok * max(3 * inner, 2 * inner + m.hidden_size) / self.chunks()
         experts += 3 * self.rows() * m.hidden_size if t.expert_parallel > 1 else 0
         attention = (4 / t.itemsize + 2) * m.num_attention_heads * m.head_dim
         return self.tokens * t.itemsize * (max(experts, attention) + 4 * m.hidden_size)
@@ -287,6 +291,8 @@ class Sizes:
         again = self.whole_layer() if t.checkpointing != "none" else 0.0
         # of ZeRO 0 and 1, or without DeepSpeed, they are among the gradients
         on_the_way = t.itemsize * self.block if t.deepspeed and t.zero >= 2 else 0.0
+        if self.chunks() > 1:  # autograd holds the experts' gradients of one part until those of the next are added
+            on_the_way += t.itemsize * self.block
         at_work = self.at_work()
         if t.deepspeed and t.zero >= 2 and self.on_the_way() > on_the_way + at_work:
             on_the_way, at_work = self.on_the_way(), 0.0  # the experts have done their part when theirs are sent
