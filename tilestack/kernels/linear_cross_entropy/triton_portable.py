@@ -322,13 +322,7 @@ def _scaled(total: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> to
     if out.numel():
         with launch.on_device(out):
             launch.run(
-                scale_kernel,
-                (triton.cdiv(out.numel(), configs.SCALE_BLOCK),),
-                total,
-                factor,
-                out,
-                out.numel(),
-                BLOCK=configs.SCALE_BLOCK,
-                num_warps=8,
-            )
+                scale_kernel, (launch.cdiv(out.numel(), configs.SCALE_BLOCK),),
+                total, factor, out, out.numel(), BLOCK=configs.SCALE_BLOCK, num_warps=8,
+            )  # fmt: skip
     return out

@@ -139,27 +139,13 @@ def counts_before(ids: torch.Tensor, experts: int) -> torch.Tensor:
     with launch.on_device(ids):
         if n_routes:
             launch.run(
-                sort_routes_count_kernel,
-                (n_blocks,),
-                ids,
-                counts,
-                n_routes,
-                experts,
-                EXPERTS=width,
-                BLOCK=BLOCK_ROUTES,
-                CHUNK=chunk(width),
-                num_warps=WARPS,
-            )
+                sort_routes_count_kernel, (n_blocks,),
+                ids, counts, n_routes, experts, EXPERTS=width, BLOCK=BLOCK_ROUTES, CHUNK=chunk(width), num_warps=WARPS,
+            )  # fmt: skip
         launch.run(
-            sort_routes_scan_kernel,
-            (width // scanned,),
-            counts,
-            n_blocks,
-            EXPERTS=width,
-            SCAN_EXPERTS=scanned,
-            SCAN_BLOCKS=SCAN_BLOCKS,
-            num_warps=SCAN_WARPS,
-        )
+            sort_routes_scan_kernel, (width // scanned,),
+            counts, n_blocks, EXPERTS=width, SCAN_EXPERTS=scanned, SCAN_BLOCKS=SCAN_BLOCKS, num_warps=SCAN_WARPS,
+        )  # fmt: skip
     return counts
 
 
