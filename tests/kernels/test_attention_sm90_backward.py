@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_launch import launches_wait
 
 from tilestack.kernels.attention import reference, sm90_backward, sm90_backward_kernel
 from tilestack.kernels.attention.op import AttentionParams
@@ -54,6 +55,7 @@ CASES = {  # what test_attention_sm90.py has not
 
 def gradients(case, emulator, monkeypatch, dtype=torch.bfloat16, kernels=sm90_backward_kernel):
     """Gradients of the emulated kernel, of the reference in the same dtype, and of the float64 oracle."""
+    launches_wait(monkeypatch)
     emulated = emulator.launcher(kernels.attention_backward_kernel)
     monkeypatch.setattr(sm90_backward, "attention_backward_kernel", emulated)
     generator = torch.Generator().manual_seed(0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_launch import launches_wait
 
 from tilestack.kernels.moe import reference, sm90_activation, sm90_gluon, sm90_rows, sm90_weights
 from tilestack.kernels.moe.op import MoEParams
@@ -78,6 +79,7 @@ def run_hopper(tensors, dout, emulator, monkeypatch, needs, keep=True, totals=(N
     here = int(((tensors[3] >= 0) & (tensors[3] < tensors[2].shape[0])).sum())
     params = MoEParams(keep, most_routes=here if here < tensors[3].numel() // 2 else -1)
     with monkeypatch.context() as patch:
+        launches_wait(patch)
         for module, name in KERNELS:
             patch.setattr(module, name, emulator.launcher(getattr(module, name)))
         patch.setattr("tilestack.kernels.launch.multiprocessors", lambda tensor: 2)

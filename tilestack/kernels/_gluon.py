@@ -6,7 +6,6 @@ barriers, fast reciprocals and packed conversions. `testing/gluon_emulator.py` h
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import threading
 
@@ -281,18 +280,14 @@ def swizzled(bits: int, rank: int = 2, width: int = 128) -> gl.NVMMASharedLayout
     return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
-_DESCRIPTOR_DEFAULTS = {
-    field.name: field.default
-    for field in dataclasses.fields(TensorDescriptor)
-    if field.default is not dataclasses.MISSING
-}
-
-
 _THREAD = threading.local()
 
 
 def tensor_descriptor(tensor, block: list[int], width: int = 128) -> TensorDescriptor:
-    """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes."""
+    """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes.
+
+    `kind`, which Triton's own have not, is what a kernel that takes the descriptor is compiled for.
+    """
     if not hasattr(_THREAD, "has_context") and tensor.device.type == "cuda":
         # The driver encodes a descriptor in the thread's context, which a thread that has launched nothing yet lacks
         # (autograd has such). Any call of the runtime gives it one; this one may stand in a graph's capture.
@@ -300,8 +295,8 @@ def tensor_descriptor(tensor, block: list[int], width: int = 128) -> TensorDescr
         _THREAD.has_context = True
     layout = swizzled(8 * tensor.element_size(), len(block), width)
     described = object.__new__(TensorDescriptor)  # its own checks take longer than the driver, which checks again
-    described.__dict__ = _DESCRIPTOR_DEFAULTS | {
+    described.__dict__ = {  # what else it has is the class's
         "base": tensor, "shape": list(tensor.shape), "strides": list(tensor.stride()),
-        "block_shape": block, "layout": layout,
+        "block_shape": block, "layout": layout, "kind": (tensor.dtype, width, *block),
     }  # fmt: skip
     return described

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
-from collections.abc import Hashable
+import operator
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from triton import AsyncCompileMode
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from tilestack.kernels._gluon import TensorDescriptor
 
 _NOTHING_TO_DO = contextlib.nullcontext()
 _COMPILED: dict[tuple, tuple[Any, tuple]] = {}
-_MOST_COMPILED = 4096  # packed batches have new shapes at each step
+_IS_AMD = torch.version.hip is not None  # for which Triton also looks at how large a tensor is
+
+
+class _Here(threading.local):
+    waiting: list[tuple] | None = None  # launches of the function of `together` that this thread is in
+
+
+_HERE = _Here()
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -20,23 +36,100 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(tensor.device) if is_elsewhere else _NOTHING_TO_DO
 
 
-def again(key: Hashable, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options), which from the second launch with this key on does not look for what to run.
+def together(host: Callable) -> Callable:
+    """Of a host function that launches several kernels: those that it launches for the first time are compiled at once.
 
-    Triton looks at each argument to find the compiled kernel, for tens of microseconds. key: all that decides which it
-    is: the device, dtypes, constants, integers, and which tensors begin at multiples of 16 bytes.
+    From the first of them on, launches wait for the function's end: nothing else in it may read what they write, and
+    all their tensors stay in memory until then. Its first argument is a tensor on the GPU that it launches on.
     """
-    place = (kernel, key)
-    found = _COMPILED.get(place)
-    if found is not None:
+
+    @functools.wraps(host)
+    def launching(first: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if _HERE.waiting is not None:  # called by another one
+            return host(first, *args, **options)
+        _HERE.waiting = waiting = []
+        with on_device(first):
+            try:
+                results = host(first, *args, **options)
+            finally:
+                _HERE.waiting = None
+            if len(waiting) > 1:
+                contextvars.Context().run(_compile, waiting)  # Triton's mode stays in it, whatever happens
+            for kernel, grid, arguments, constants in waiting:
+                run(kernel, grid, *arguments, **constants)
+        return results
+
+    return launching
+
+
+def _compile(launches: list[tuple]) -> None:
+    """Compile what the launches need and do not find, each in a thread. What fails is left to the launch to raise."""
+    with _Compilers(len(launches)) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        for kernel, grid, args, options in launches:
+            kernel.warmup(*args, grid=grid, **options)
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile a kernel and, because Triton 3.6 has it in C, the function that launches it."""
+
+    def submit(self, compile_kernel: Callable[[], Any]) -> Future:
+        def compile_both() -> Any:
+            compiled = compile_kernel()
+            driver.active.launcher_cls(compiled.src, compiled.metadata)  # the launch finds it on the disk
+            return compiled
+
+        return super().submit(compile_both)
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """kernel[grid](*args, **options), which from the second launch of its kind on does not ask Triton what to run.
+
+    args: the kernel's arguments up to its constants. options: the constants, num_warps and the like.
+    """
+    key, waiting = _key(kernel, args, options), _HERE.waiting
+    found = _COMPILED.get(key)
+    if waiting or (waiting is not None and found is None and key is not None):
+        waiting.append((kernel, grid, args, options))
+    elif found is not None:
         compiled, constants = found
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
-        return
-    compiled = kernel[grid](*args, **options)
-    if compiled is not None:  # the interpreter has none
-        if len(_COMPILED) >= _MOST_COMPILED:
-            _COMPILED.clear()
-        _COMPILED[place] = compiled, tuple([options[name] for name in kernel.arg_names[len(args) :]])
+    else:
+        compiled = kernel[grid](*args, **options)
+        if key is not None and compiled is not None:
+            _COMPILED[key] = compiled, tuple([options[name] for name in kernel.arg_names[len(args) :]])
+
+
+def _key(kernel: Any, args: tuple, options: dict[str, Any]) -> tuple | None:
+    """All that decides which compiled kernel a launch is, None where that is not known."""
+    if _IS_AMD or not isinstance(kernel, JITFunction):  # in the interpreter it is none
+        return None
+    try:
+        kinds = [_KINDS[type(each)](each) for each in args]
+    except KeyError:  # a tensor of another class
+        return None
+    return kernel, torch.cuda.current_device(), *kinds, *options, *options.values()
+
+
+def _kind_of_integer(value: int) -> Hashable:
+    if -(2**31) <= value < 2**31:
+        return 1 if value == 1 else 16 if value % 16 == 0 else 3
+    return value >= 2**63, value % 16 == 0
+
+
+def _kind_of_tensor(tensor: torch.Tensor) -> Hashable:
+    return tensor.dtype if tensor.data_ptr() % 16 == 0 else (tensor.dtype,)
+
+
+# What the compiler is told of an argument: that it is 1 or a multiple of 16 decides what it makes of it.
+_KINDS: dict[type, Callable[[Any], Hashable]] = {
+    int: _kind_of_integer,
+    bool: type,
+    float: type,
+    type(None): type,
+    torch.Tensor: _kind_of_tensor,
+    torch.nn.Parameter: _kind_of_tensor,
+    TensorDescriptor: operator.attrgetter("kind"),
+}
 
 
 def multiprocessors(tensor: torch.Tensor) -> int:

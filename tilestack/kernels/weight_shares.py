@@ -41,7 +41,8 @@ def sum_shares(shares: torch.Tensor, *weights: torch.Tensor) -> tuple[torch.Tens
     # tiles of 32 x 128 with 4 warps, 7.7 in 16 x 256 with 4, 6.4 in 16 x 512 with 8
     block_h, hidden = 16, shares.shape[-1]
     with launch.on_device(shares):
-        sum_shares_kernel[(launch.cdiv(hidden, block_h), len(gradients))](
+        launch.run(
+            sum_shares_kernel, (launch.cdiv(hidden, block_h), len(gradients)),
             shares, gradients[0], gradients[-1], shares.stride(0), shares.shape[0], hidden,
             BLOCK_H=block_h, BLOCK_S=512, num_warps=8,
         )  # fmt: skip

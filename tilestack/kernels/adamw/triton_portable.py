@@ -203,7 +203,8 @@ def update(
     kernel = adamw_8bit_kernel if in_8_bits else adamw_kernel
     scales = (exp_avg_scale, exp_avg_sq_scale) if in_8_bits else ()
     with launch.on_device(param):
-        kernel[(launch.cdiv(n_elements, BLOCK),)](
+        launch.run(
+            kernel, (launch.cdiv(n_elements, BLOCK),),
             param, grad.contiguous(), exp_avg, exp_avg_sq, master, grad_scale,
             None if scalars is None else scalars.contiguous(), *scales, n_elements, 1 - params.beta1, params.beta2,
             1 - params.beta2, decay, step_size, correction2_sqrt, params.eps, params.step, params.seed,

@@ -100,6 +100,7 @@ def backward(dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, out, lse, *
     return tuple(found[name] for name in needs)
 
 
+@launch.together
 def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     """dq, dk, dv, and delta [Hq, queries]."""
     dq, dk, dv = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in (q, k, v)]
@@ -143,17 +144,15 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
     scale2 = params.softmax_scale * LOG2E.value
     if params.softcap:  # tanh(x) = 1 - 2 / (1 + exp(2 x))
         scale2 *= 2 / params.softcap
-    kinds = lse.data_ptr() % 16, out_rows.stride(), rows[3].stride()
-    key = q.shape, k.shape, q.dtype, q.device, params, config, n_items, kinds
     with launch.on_device(q):
-        launch.again(
-            key, prepare_kernel, (launch.cdiv(total_q, PREPARE_ROWS), heads),
+        launch.run(
+            prepare_kernel, (launch.cdiv(total_q, PREPARE_ROWS), heads),
             out_rows, rows[3], lse, lse2, delta, sums, out_rows.stride(0), rows[3].stride(0),
             total_q, length, sums.numel(), D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=PREPARE_ROWS,
             num_warps=4,
         )  # fmt: skip
-        launch.again(
-            key, attention_backward_kernel, (n_items * n_columns,),
+        launch.run(
+            attention_backward_kernel, (n_items * n_columns,),
             *descs, *tail_descs, lse2, delta, dq_desc, dq_tail_desc, dk_desc, dv_desc, dk, dv,
             dq_sum, dk_sum, dv_sum, turns, items, n_columns,
             backward_section(n_columns, config.HEADS, length, head_dim), n_q_blocks, total_q, total_k,
@@ -163,8 +162,8 @@ def _gradients(dout, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, params):
             DETERMINISTIC=in_turn, num_warps=8,
         )  # fmt: skip
         n_dq, n_dkv = launch.cdiv(total_q, FINISH_ROWS) * heads, launch.cdiv(total_k, FINISH_ROWS) * kv_heads
-        launch.again(
-            key, finish_kernel, (n_dq + (2 * n_dkv if group > config.HEADS else 0),),
+        launch.run(
+            finish_kernel, (n_dq + (2 * n_dkv if group > config.HEADS else 0),),
             dq_sum, dk_sum, dv_sum, dq, dk, dv, heads, kv_heads, total_q, total_k, params.softmax_scale, n_dq, n_dkv,
             D=head_dim, BLOCK_D=launch.next_power_of_2(head_dim), ROWS=FINISH_ROWS,
             DQ_COLUMNS=32 if config.DQ_SHARED else 16, num_warps=4,

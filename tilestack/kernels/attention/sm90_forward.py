@@ -492,11 +492,9 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
         scale, inner = 1.0, 2 * params.softmax_scale * LOG2E.value / params.softcap
     tensors = [rows_by_heads(pad_heads(each, size)) for each in (q, k, v)]
     tensors.append(rows_by_heads(out) if head_dim == size else tensors[0])  # padded, out does not leave by TMA
-    sinks_kind = None if sinks is None else (sinks.dtype, sinks.data_ptr() % 16)
-    key = q.shape, k.shape, q.dtype, q.device, params, config, bound, sinks_kind
     with launch.on_device(q):
-        launch.again(
-            key, attention_forward_kernel, (programs,),
+        launch.run(
+            attention_forward_kernel, (programs,),
             *_descriptors(tensors, config, config.D, 128), *_descriptors(tensors, config, config.REST, 2 * config.REST),
             out, lse, sinks, items, schedule, heads, params.window_left, params.window_right,
             scale, inner, cap, heads * head_dim, lse.shape[-1],

@@ -245,7 +245,8 @@ def _packed_table(
     bound = total // block + documents + 1
     table = cu_seqlens_q.new_empty((bound + 1) * FIELDS.value)
     with launch.on_device(cu_seqlens_q):
-        kernel[(launch.cdiv(bound, BLOCK_ITEMS),)](
+        launch.run(
+            kernel, (launch.cdiv(bound, BLOCK_ITEMS),),
             cu_seqlens_q, cu_seqlens_k, table, documents, total, bound, **blocks,
             BLOCK_ITEMS=BLOCK_ITEMS, BLOCK_DOCUMENTS=BLOCK_DOCUMENTS, FIELDS=FIELDS.value, num_warps=8,
         )  # fmt: skip

@@ -39,7 +39,8 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
     blocks = _blocks(q, cu_seqlens_q, tile.block_m)
     if blocks * q.shape[-2]:
         with launch.on_device(q):
-            attention_fwd_kernel[_grid(q, blocks)](
+            launch.run(
+                attention_fwd_kernel, _grid(q, blocks),
                 q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k, slopes, seed,
                 *_strides(q), *_strides(k), *_strides(v), *_sizes(q, k, cu_seqlens_q), blocks, q.shape[-2],
                 params.softmax_scale, *_window(params), *numbers,
@@ -62,12 +63,14 @@ def backward(
     blocks_k = _blocks(k, cu_seqlens_k, tiles.dk_dv.block_n)
     with launch.on_device(q):
         if blocks_q:
-            attention_bwd_dq_kernel[_grid(q, blocks_q)](
+            launch.run(
+                attention_bwd_dq_kernel, _grid(q, blocks_q),
                 q, k, v, out, dout, lse, delta, dq, cu_seqlens_q, cu_seqlens_k, slopes, seed, *strides, *sizes,
                 blocks_q, q.shape[-2], *scores, **_constants(q, k, tiles.dq, alibi_slopes, params),
             )  # fmt: skip
         if blocks_k and ("k" in needs or "v" in needs):
-            attention_bwd_dk_dv_kernel[_grid(k, blocks_k)](
+            launch.run(
+                attention_bwd_dk_dv_kernel, _grid(k, blocks_k),
                 q, k, v, dout, lse, delta, dk, dv, cu_seqlens_q, cu_seqlens_k, slopes, seed, *strides, *sizes,
                 blocks_k, k.shape[-2], *scores, **_constants(q, k, tiles.dk_dv, alibi_slopes, params),
             )  # fmt: skip

@@ -54,7 +54,8 @@ def forward(
     precision = "ieee" if q.dtype == torch.float32 else "tf32"
     sizes = {"HEAD_DIM": q.shape[-1], "BLOCK_D": _block_d(q), "PRECISION": precision}
     with launch.on_device(q):
-        attention_kvcache_kernel[(batch * n_splits * n_blocks * k_cache.shape[2],)](
+        launch.run(
+            attention_kvcache_kernel, (batch * n_splits * n_blocks * k_cache.shape[2],),
             q, k_cache, v_cache, parts, lse, largest, total, *vectors, sinks, alibi_slopes, rotary_cos, rotary_sin,
             q.stride(0) if q.dim() == 4 else 0, *q.stride()[-3:-1], *k_cache.stride()[:3], *v_cache.stride()[:3],
             0 if block_table is None else block_table.shape[1],
@@ -69,7 +70,8 @@ def forward(
             num_warps=tile.num_warps, num_stages=tile.num_stages, **sizes,
         )  # fmt: skip
         if n_splits > 1:
-            attention_kvcache_combine_kernel[(out.numel() // q.shape[-1],)](
+            launch.run(
+                attention_kvcache_combine_kernel, (out.numel() // q.shape[-1],),
                 parts, largest, total, out, lse, sinks, total_q, q.shape[-2], n_splits,
                 BLOCK_S=configs.COMBINE_SPLITS, num_warps=configs.COMBINE_WARPS, **sizes,
             )  # fmt: skip

@@ -73,7 +73,8 @@ def forward(logits, labels, lse, params):
     rows, classes = logits.shape
     if rows:
         with launch.on_device(logits):
-            cross_entropy_fwd_kernel[(rows,)](
+            launch.run(
+                cross_entropy_fwd_kernel, (rows,),
                 logits, labels.contiguous(), results[2] if lse is None else lse.contiguous(), *results,
                 logits.stride(0), params.label_smoothing, params.logit_scale, params.lse_square_scale,
                 params.ignore_index, params.class_start, params.total_classes, classes,

@@ -68,7 +68,8 @@ def update(dlogits, logits, labels, lse, dlosses, params) -> None:
         return
     block = min(BLOCK_V, launch.next_power_of_2(classes))
     with launch.on_device(dlogits):
-        cross_entropy_bwd_kernel[(rows, launch.cdiv(classes, block))](
+        launch.run(
+            cross_entropy_bwd_kernel, (rows, launch.cdiv(classes, block)),
             dlogits, logits, labels.contiguous(), lse.contiguous(), dlosses,
             dlogits.stride(0), logits.stride(0), dlosses.stride(0), params.label_smoothing, params.logit_scale,
             params.lse_square_scale, params.ignore_index, params.class_start, params.total_classes, classes,

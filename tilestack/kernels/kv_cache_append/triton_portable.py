@@ -77,7 +77,8 @@ def update(k_cache, v_cache, k, v, cache_seqlens, block_table, cache_batch_idx, 
     rotates = rotary_cos is not None
     cos, sin = (rotary_cos.contiguous(), rotary_sin.contiguous()) if rotates else (None, None)
     with launch.on_device(k):
-        kv_cache_append_kernel[(batch * n_blocks,)](
+        launch.run(
+            kv_cache_append_kernel, (batch * n_blocks,),
             k_cache, v_cache, k, v, cache_seqlens.contiguous(),
             None if block_table is None else block_table.contiguous(),
             None if cache_batch_idx is None else cache_batch_idx.contiguous(), cos, sin,

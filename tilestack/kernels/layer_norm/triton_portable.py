@@ -187,7 +187,8 @@ def forward(x, weight, bias, residual, x1, weight1, bias1, rowscale, dropout_see
     flat, flat_residual, flat_x1 = (launch.rows(x if each is None else each) for each in (x, residual, x1))
     vectors = ((weight if each is None else each).contiguous() for each in (weight, bias, weight1, bias1))
     with launch.on_device(x):
-        layer_norm_fwd_kernel[(min(flat.shape[0], 65535 * 8),)](
+        launch.run(
+            layer_norm_fwd_kernel, (min(flat.shape[0], 65535 * 8),),
             flat, flat_residual, flat_x1, *vectors, *_row_inputs(rstd, rowscale, dropout_seed), *results, mean, rstd,
             flat.stride(0), flat_residual.stride(0), flat_x1.stride(0), flat.shape[0], params.eps, *_dropout(params),
             **_constants(hidden, params), HAS_RESIDUAL=residual is not None, HAS_X1=x1 is not None,
@@ -213,7 +214,8 @@ def backward(
     shares = summed.new_empty((n_programs, 4, hidden), dtype=torch.float32)
     grads = [launch.rows(summed if each is None else each) for each in (dout, dout1, dresidual_out)]
     with launch.on_device(summed):
-        layer_norm_bwd_kernel[(n_programs,)](
+        launch.run(
+            layer_norm_bwd_kernel, (n_programs,),
             *grads, flat, weight.contiguous(), (weight if weight1 is None else weight1).contiguous(),
             *_row_inputs(rstd, rowscale, dropout_seed), mean, rstd,
             found["x"], found.get("residual", flat), found.get("x1", flat), shares,

@@ -292,7 +292,8 @@ def _cross_entropy(
     smoothing = params.label_smoothing > 0
     said = labels.new_full((rows, n_pieces * (1 + smoothing)), UNSAID.value)
     with launch.on_device(logits):
-        cross_entropy_kernel[((rows + lag) * n_pieces,)](
+        launch.run(
+            cross_entropy_kernel, ((rows + lag) * n_pieces,),
             logits, labels, token_weights, losses, dlosses, said, rows, vocabulary, n_pieces, lag,
             params.ignore_index, params.label_smoothing, params.z_loss, params.softcap,
             HAS_WEIGHTS=token_weights is not None, HAS_LOSS=losses is not None, HAS_DLOSS=dlosses is not None,
@@ -320,7 +321,8 @@ def _scaled(total: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> to
     out = total.new_empty(total.shape, dtype=dtype)
     if out.numel():
         with launch.on_device(out):
-            scale_kernel[(triton.cdiv(out.numel(), configs.SCALE_BLOCK),)](
-                total, factor, out, out.numel(), BLOCK=configs.SCALE_BLOCK, num_warps=8
-            )
+            launch.run(
+                scale_kernel, (launch.cdiv(out.numel(), configs.SCALE_BLOCK),),
+                total, factor, out, out.numel(), BLOCK=configs.SCALE_BLOCK, num_warps=8,
+            )  # fmt: skip
     return out

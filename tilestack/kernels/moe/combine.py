@@ -36,7 +36,8 @@ def combine(rows: torch.Tensor, weights: torch.Tensor | None, route_to_row: torc
     out = rows.new_empty((tokens, hidden))
     block = min(BLOCK_HIDDEN, launch.next_power_of_2(hidden))
     with launch.on_device(rows):
-        moe_combine_kernel[(tokens, launch.cdiv(hidden, block))](
+        launch.run(
+            moe_combine_kernel, (tokens, launch.cdiv(hidden, block)),
             rows, rows if weights is None else weights.contiguous(), route_to_row, out, hidden,
             TOP_K=top_k, BLOCK_H=block, HAS_WEIGHTS=weights is not None, num_warps=ROW_WARPS,
         )  # fmt: skip

@@ -15,8 +15,6 @@ two products of 64 x 128 there was room for it on an H100, but no time was won: 
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 import triton
 import triton.language as tl
@@ -247,17 +245,19 @@ def activation_backward(dout, down, pre_activation, weights, layout, top_k, need
     dweights = torch.empty_like(weights) if want_dweights else None
     unused = pre_activation
     with launch.on_device(dout):
-        moe_activation_bwd_sm90_kernel[(launch.multiprocessors(dout),)](
+        launch.run(
+            moe_activation_bwd_sm90_kernel, (launch.multiprocessors(dout),),
             dout, tensor_descriptor(down.view(experts * hidden, units), [64, 256]),
             tensor_descriptor(pre_activation, [16, 64]),
             *(unused if each is None else each for each in (dpre_activation, weighted, partials, weights)),
             layout.row_to_route, layout.blocks, layout.n_blocks, dout.stride(0), n_rows,
             H=hidden, I=units, TOP_K=top_k, HAS_WEIGHTS=weights is not None,
             WANT_DPRE=want_dpre, WANT_WEIGHTED=want_weighted, WANT_DWEIGHTS=want_dweights,
-            **asdict(ACTIVATION), num_warps=4,
+            **vars(ACTIVATION), num_warps=4,
         )  # fmt: skip
         if want_dweights:
-            moe_dweights_kernel[(launch.cdiv(layout.routes, ROUTES_CHUNK),)](
+            launch.run(
+                moe_dweights_kernel, (launch.cdiv(layout.routes, ROUTES_CHUNK),),
                 partials, layout.route_to_row, dweights, layout.routes, n_rows,
                 PARTS=parts, CHUNK=ROUTES_CHUNK, num_warps=4,
             )  # fmt: skip

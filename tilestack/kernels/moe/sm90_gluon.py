@@ -44,6 +44,7 @@ def _aligned(tensor: torch.Tensor) -> torch.Tensor:
     return rows.clone(memory_format=torch.contiguous_format) if rows.data_ptr() % 16 or rows.stride(0) % 16 else rows
 
 
+@launch.together
 def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     layout, top_k = Layout.of(topk_ids, down.shape[0], params.bound(topk_ids.numel())), topk_ids.shape[1]
     if topk_ids.numel() == 0:
@@ -53,6 +54,7 @@ def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, p
     return combine(answers, topk_weights, layout.route_to_row, top_k), pre_activation, layout.table
 
 
+@launch.together
 def backward(
     dout, x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, pre_activation, table, *, needs, params
 ):

@@ -97,7 +97,8 @@ class Layout:
         n_route_blocks = before.shape[0] - 1
         grid = max(n_route_blocks, launch.cdiv(max(layout.max_blocks, experts), LAYOUT_CHUNK))
         with launch.on_device(ids):
-            moe_layout_kernel[(grid,)](
+            launch.run(
+                moe_layout_kernel, (grid,),
                 ids, before, layout.row_offsets, layout.row_to_route, layout.route_to_row, layout.by_size,
                 layout.blocks, layout.n_blocks, layout.counters, routes, layout.rows + HALF, n_route_blocks,
                 layout.max_blocks, experts, EXPERTS=before.shape[1], BLOCK_ROUTES=BLOCK_ROUTES,

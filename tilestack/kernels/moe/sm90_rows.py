@@ -10,8 +10,6 @@ blocks of an expert share its weight. README.md has the schedule of the whole op
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import ROWS, UP
@@ -171,13 +169,14 @@ def up(x, gate_up, layout, top_k, *, pre=True, activate=True):
     pre_activation = x.new_empty((layout.rows if pre else 0, width))
     activated = x.new_empty((layout.rows if activate else 0, units))
     with launch.on_device(x):
-        moe_up_sm90_kernel[(launch.multiprocessors(x),)](
+        launch.run(
+            moe_up_sm90_kernel, (launch.multiprocessors(x),),
             x, tensor_descriptor(gate_up.view(experts * width, hidden), [128, 64]),
             tensor_descriptor(pre_activation if pre else activated, [64, 64]),
             tensor_descriptor(activated if activate else pre_activation, [64, 64]),
             layout.row_to_route, layout.blocks, layout.n_blocks, layout.tickets("up"), x.stride(0),
             H=hidden, I=units, TOP_K=top_k, WANT_PRE=pre, WANT_ACTIVATED=activate, TICKETS=layout.has_many_blocks,
-            **asdict(UP), num_warps=4,
+            **vars(UP), num_warps=4,
         )  # fmt: skip
     return pre_activation, activated
 
@@ -188,12 +187,13 @@ def multiply(rows, weight, layout, *, transposed):
     depth, columns = (width, height) if transposed else (height, width)
     out = rows.new_empty((layout.rows, columns))
     with launch.on_device(rows):
-        moe_rows_sm90_kernel[(launch.multiprocessors(rows),)](
+        launch.run(
+            moe_rows_sm90_kernel, (launch.multiprocessors(rows),),
             tensor_descriptor(rows, [64, 64]),
             tensor_descriptor(weight.view(experts * height, width), [256, 64] if transposed else [64, 256]),
             tensor_descriptor(out, [64, 64]), layout.blocks, layout.n_blocks,
             layout.tickets("down" if transposed else "dx"),
             DEPTH=depth, WIDTH=columns, EXPERT_ROWS=height, TRANSPOSED=transposed,
-            TICKETS=layout.has_many_blocks, **asdict(ROWS), num_warps=4,
+            TICKETS=layout.has_many_blocks, **vars(ROWS), num_warps=4,
         )  # fmt: skip
     return out

@@ -9,8 +9,6 @@ expert first to the programs that are free. The tiles of an expert follow one an
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from tilestack.kernels import launch
 from tilestack.kernels._gluon import async_copy, gl, gluon, mbarrier, narrow, tensor_descriptor, thread_barrier, tma
 from tilestack.kernels.moe.sm90_configs import WEIGHTS, WEIGHTS_AND_SUM
@@ -235,9 +233,10 @@ def outer(a, b, layout, top_k, *, gather, answers=None, total=None):
     source, rows = (a, b) if gather == "a" else (b, a)
     block = [64, 256] if gather == "a" else [64, 64]
     rows_desc = tensor_descriptor(rows, block)
-    tiles = asdict(WEIGHTS if answers is None else WEIGHTS_AND_SUM)
+    tiles = vars(WEIGHTS if answers is None else WEIGHTS_AND_SUM)
     with launch.on_device(a):
-        moe_weights_bwd_sm90_kernel[(launch.multiprocessors(a),)](
+        launch.run(
+            moe_weights_bwd_sm90_kernel, (launch.multiprocessors(a),),
             rows_desc, rows_desc, source, tensor_descriptor(out.view(-1, width), [64, 128 // out.element_size()]),
             layout.row_to_route, layout.by_size, layout.row_offsets,
             layout.tickets("ddown" if gather == "a" else "dgate_up"), source.stride(0), layout.experts,

@@ -271,7 +271,8 @@ class _Grouped:
         self.n_blocks = self.rows // block_m + min(experts, self.rows)  # every expert may end in a partial block
         self.block_expert, self.block_row = (self.expert_offsets.new_empty(self.n_blocks) for _ in range(2))
         with launch.on_device(x):
-            moe_row_blocks_kernel[(launch.cdiv(self.n_blocks, ROW_BLOCKS_CHUNK),)](
+            launch.run(
+                moe_row_blocks_kernel, (launch.cdiv(self.n_blocks, ROW_BLOCKS_CHUNK),),
                 self.expert_offsets, self.block_expert, self.block_row, self.n_blocks, experts,
                 EXPERTS=launch.next_power_of_2(experts), BLOCK_M=block_m, CHUNK=ROW_BLOCKS_CHUNK, num_warps=4,
             )  # fmt: skip
@@ -285,7 +286,8 @@ class _Grouped:
         activated = x.new_empty((self.rows if activate else 0, units))
         flat, tile = launch.rows(x), self.tiles.up
         with launch.on_device(x):
-            moe_up_fwd_kernel[(self.n_blocks * launch.cdiv(units, tile.n // 2),)](
+            launch.run(
+                moe_up_fwd_kernel, (self.n_blocks * launch.cdiv(units, tile.n // 2),),
                 flat, gate_up.contiguous(), pre_activation, activated,
                 self.block_expert, self.block_row, self.expert_offsets, self.sorted_to_route,
                 flat.stride(0), hidden, units, TOP_K=self.top_k, **_blocks(tile), EVEN_K=hidden % tile.k == 0,
@@ -299,7 +301,8 @@ class _Grouped:
         out = a.new_empty((self.rows, width))
         flat, tile = launch.rows(a), self.tiles.rows
         with launch.on_device(a):
-            moe_rows_kernel[(self.n_blocks * launch.cdiv(width, tile.n),)](
+            launch.run(
+                moe_rows_kernel, (self.n_blocks * launch.cdiv(width, tile.n),),
                 flat, weight, out, self.block_expert, self.block_row, self.expert_offsets, self.sorted_to_route,
                 flat.stride(0), *weight.stride(), width, depth,
                 TOP_K=self.top_k, GATHER=gather, **_blocks(tile), EVEN_K=depth % tile.k == 0,
@@ -316,7 +319,8 @@ class _Grouped:
         out = a.new_empty((self.experts, height, width)) if total is None else total
         flat_a, flat_b, tile = launch.rows(a), launch.rows(b), self.tiles.weights
         with launch.on_device(a):
-            moe_weights_bwd_kernel[(self.experts * launch.cdiv(height, tile.m) * launch.cdiv(width, tile.n),)](
+            launch.run(
+                moe_weights_bwd_kernel, (self.experts * launch.cdiv(height, tile.m) * launch.cdiv(width, tile.n),),
                 flat_a, flat_b, out, self.expert_offsets, self.sorted_to_route, flat_a.stride(0), flat_b.stride(0),
                 height, width, TOP_K=self.top_k, GATHER_A=gather == "a", GATHER_B=gather == "b", **_blocks(tile),
                 ADD=total is not None,
@@ -340,7 +344,8 @@ class _Grouped:
         unused = pre_activation
         pointers = (unused if each is None else each for each in (dpre_activation, weighted, dweights))
         with launch.on_device(pre_activation):
-            moe_swiglu_bwd_kernel[(self.rows,)](
+            launch.run(
+                moe_swiglu_bwd_kernel, (self.rows,),
                 pre_activation, unused if dactivated is None else dactivated,
                 unused if weights is None else weights.contiguous(), self.sorted_to_route, self.expert_offsets,
                 *pointers, self.experts, units, BLOCK_I=min(BLOCK_UNITS, launch.next_power_of_2(units)),
@@ -366,6 +371,7 @@ def fake_auxiliary(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_
     return x.new_empty((params.bound(routes) if params.keep else 0, gate_up.shape[1])), *offsets
 
 
+@launch.together
 def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, params):
     experts = down.shape[0]
     sorted_routes = sorting.forward(topk_ids, SortRoutesParams(experts))
@@ -377,6 +383,7 @@ def forward(x, gate_up, down, topk_ids, topk_weights, gate_up_grad, down_grad, p
     return combine(answers, topk_weights, grouped.route_to_sorted, grouped.top_k), pre_activation, *sorted_routes
 
 
+@launch.together
 def backward(
     dout, x, gate_up, down, topk_weights, gate_up_grad, down_grad, pre_activation, *sorted_routes, needs, params
 ):

@@ -192,7 +192,8 @@ def forward(q, k, q_weight, k_weight, cos, sin, params):
     n_tiles, constants = _tiles(q, k)
     q, k = _heads(q), _heads(k)
     with launch.on_device(q):
-        qk_norm_rope_fwd_kernel[(n_tiles,)](
+        launch.run(
+            qk_norm_rope_fwd_kernel, (n_tiles,),
             q, k, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(), q_out, k_out,
             *q.stride()[:3], *k.stride()[:3], _table_stride(cos), batch * seqlen, seqlen, params.eps, **constants,
         )  # fmt: skip
@@ -210,7 +211,8 @@ def backward(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, *, needs, param
     dk_out = torch.zeros_like(dk) if dk_out is None else _heads(dk_out)
     q, k = _heads(q), _heads(k)
     with launch.on_device(q):
-        qk_norm_rope_bwd_kernel[(n_programs,)](
+        launch.run(
+            qk_norm_rope_bwd_kernel, (n_programs,),
             dq_out, dk_out, q, k, q_weight.contiguous(), k_weight.contiguous(), cos.contiguous(), sin.contiguous(),
             dq, dk, shares, *dq_out.stride()[:3], *dk_out.stride()[:3], *q.stride()[:3], *k.stride()[:3],
             _table_stride(cos), batch * seqlen, seqlen, params.eps, **constants,

@@ -94,7 +94,8 @@ def forward(x, weight, residual, params):
     flat_residual = flat if residual is None else launch.rows(residual)
     grid = (min(flat.shape[0], 65535 * 8),)
     with launch.on_device(x):
-        rms_norm_fwd_kernel[grid](
+        launch.run(
+            rms_norm_fwd_kernel, grid,
             flat, flat_residual, weight.contiguous(), out, residual_out, rstd,
             flat.stride(0), flat_residual.stride(0), flat.shape[0], params.eps,
             H=hidden, BLOCK_H=launch.next_power_of_2(hidden), HAS_RESIDUAL=residual is not None,
@@ -112,7 +113,8 @@ def backward(dout, dresidual_out, summed, weight, rstd, *, needs, params):
     flat_dout = flat if dout is None else launch.rows(dout)
     flat_dsummed = flat if dresidual_out is None else launch.rows(dresidual_out)
     with launch.on_device(summed):
-        rms_norm_bwd_kernel[(n_programs,)](
+        launch.run(
+            rms_norm_bwd_kernel, (n_programs,),
             flat_dout, flat_dsummed, flat, weight.contiguous(), rstd, dx, shares,
             flat_dout.stride(0), flat_dsummed.stride(0), flat.stride(0), flat.shape[0],
             H=hidden, BLOCK_H=launch.next_power_of_2(hidden),

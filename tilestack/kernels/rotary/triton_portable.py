@@ -81,7 +81,8 @@ def update(out, x, cos, sin, cu_seqlens, seqlen_offsets, params) -> None:
     block_half = max(1, launch.next_power_of_2(half))
     block_m = block_tokens(block_half)
     with launch.on_device(out):
-        rotary_kernel[(launch.cdiv(length, block_m), launch.cdiv(heads, HEADS), sequences)](
+        launch.run(
+            rotary_kernel, (launch.cdiv(length, block_m), launch.cdiv(heads, HEADS), sequences),
             out, x, cos.contiguous(), sin.contiguous(), cu_seqlens, seqlen_offsets, *_strides(out), *_strides(x),
             length, params.seqlen_offset, cos.shape[0], heads,
             HALF=half, TAIL=tail, BLOCK_M=block_m, BLOCK_HALF=block_half,

@@ -200,6 +200,7 @@ def router_bwd_kernel(
     tl.store(dlogits_ptr + offs, dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
+@launch.together
 def forward(logits, token_mask, params):
     tokens, experts = logits.shape
     flat, mask, width = launch.rows(logits), _bytes(token_mask), launch.next_power_of_2(experts)
@@ -212,7 +213,8 @@ def forward(logits, token_mask, params):
     z_shares = logits.new_empty((n_programs,), dtype=torch.float32)
     if n_programs:
         with launch.on_device(logits):
-            router_fwd_kernel[(n_programs,)](
+            launch.run(
+                router_fwd_kernel, (n_programs,),
                 flat, flat if mask is None else mask, topk_weights, topk_ids, count_shares, probability_shares,
                 z_shares, flat.stride(0), tokens, experts, TOP_K=params.top_k,
                 TOP_K_PADDED=launch.next_power_of_2(params.top_k), EXPERTS=width, BLOCK_T=block,
@@ -226,7 +228,8 @@ def _sum_shares(count_shares: torch.Tensor, probability_shares: torch.Tensor, z_
     counts, probability_sum = (probability_shares.new_empty(experts) for _ in range(2))
     z_sum = probability_shares.new_empty(())
     with launch.on_device(counts):
-        router_fwd_statistics_kernel[(launch.cdiv(experts, SUM_EXPERTS),)](
+        launch.run(
+            router_fwd_statistics_kernel, (launch.cdiv(experts, SUM_EXPERTS),),
             count_shares, probability_shares, z_shares, counts, probability_sum, z_sum, n_shares, experts,
             BLOCK_E=SUM_EXPERTS, BLOCK_S=SUM_SHARES, num_warps=WARPS,
         )  # fmt: skip
@@ -243,7 +246,8 @@ def backward(
     flat, mask, width = launch.rows(logits), _bytes(token_mask), launch.next_power_of_2(experts)
     block = block_tokens(width)
     with launch.on_device(logits):
-        router_bwd_kernel[(launch.cdiv(tokens, block),)](
+        launch.run(
+            router_bwd_kernel, (launch.cdiv(tokens, block),),
             *(flat if each is None else each.contiguous() for each in (dtopk_weights, dprobability_sum, dz_sum)),
             flat, topk_ids, flat if mask is None else mask, dlogits, flat.stride(0), tokens, experts,
             TOP_K=params.top_k, EXPERTS=width, BLOCK_T=block, NORMALIZE=params.normalize, MASKED=mask is not None,

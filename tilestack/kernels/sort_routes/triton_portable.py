@@ -138,15 +138,18 @@ def counts_before(ids: torch.Tensor, experts: int) -> torch.Tensor:
     scanned = min(SCAN_EXPERTS, width)
     with launch.on_device(ids):
         if n_routes:
-            sort_routes_count_kernel[(n_blocks,)](
-                ids, counts, n_routes, experts, EXPERTS=width, BLOCK=BLOCK_ROUTES, CHUNK=chunk(width), num_warps=WARPS
-            )
-        sort_routes_scan_kernel[(width // scanned,)](
-            counts, n_blocks, EXPERTS=width, SCAN_EXPERTS=scanned, SCAN_BLOCKS=SCAN_BLOCKS, num_warps=SCAN_WARPS
-        )
+            launch.run(
+                sort_routes_count_kernel, (n_blocks,),
+                ids, counts, n_routes, experts, EXPERTS=width, BLOCK=BLOCK_ROUTES, CHUNK=chunk(width), num_warps=WARPS,
+            )  # fmt: skip
+        launch.run(
+            sort_routes_scan_kernel, (width // scanned,),
+            counts, n_blocks, EXPERTS=width, SCAN_EXPERTS=scanned, SCAN_BLOCKS=SCAN_BLOCKS, num_warps=SCAN_WARPS,
+        )  # fmt: skip
     return counts
 
 
+@launch.together
 def forward(topk_ids: torch.Tensor, params) -> tuple[torch.Tensor, ...]:
     ids = topk_ids.contiguous()
     n_routes, experts = ids.numel(), params.num_experts
@@ -156,7 +159,8 @@ def forward(topk_ids: torch.Tensor, params) -> tuple[torch.Tensor, ...]:
     )
     n_blocks = before.shape[0] - 1
     with launch.on_device(ids):
-        sort_routes_place_kernel[(max(n_blocks, 1),)](
+        launch.run(
+            sort_routes_place_kernel, (max(n_blocks, 1),),
             ids, before, expert_offsets, sorted_to_route, route_to_sorted, n_routes, n_blocks, experts,
             EXPERTS=before.shape[1], BLOCK=BLOCK_ROUTES, num_warps=WARPS,
         )  # fmt: skip

@@ -64,7 +64,8 @@ def _launch(kernel, strided: list[torch.Tensor], outputs: tuple[torch.Tensor, ..
     n_blocks = launch.cdiv(width, BLOCK)
     strides = [each.stride(0) for each in strided]
     with launch.on_device(strided[0]):
-        kernel[(n_rows * n_blocks,)](
+        launch.run(
+            kernel, (n_rows * n_blocks,),
             *strided, *outputs, *strides, width, n_blocks, BLOCK=BLOCK, num_warps=warps(BLOCK)
         )  # fmt: skip
 
