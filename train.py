@@ -80,6 +80,8 @@ def run_on(world: World, watch: Watch, config: Config, resumed: Run | None) -> N
         Saver(run.checkpoints, engine, config, source.identity()) as saver,
     ):
         log.say(f"{run.folder}: {learned:,} parameters, {world.world_size} x {describe(world.device)}")
+        if first >= config.train.steps:
+            log.say(f"nothing is left to train: the checkpoint is of the last step, {first}")
         loop(config, run, engine, iter(loader), held_out, first, log, watch, saver)
     watch.at("the export")
     finish(run, config, engine, tokenizer)

@@ -61,6 +61,13 @@ def test_an_adapter_that_was_never_run_or_hardly_says_so():
         assert f"{how} the package itself" in lines[index + 1]
 
 
+def test_ops_that_the_training_never_calls_share_one_line():
+    text = explain(QWEN, H100)
+    (line,) = (line for line in text.splitlines() if "not called by this training" in line)
+    called = {name for name in ops() if any(each.startswith(f"  {name} (") for each in text.splitlines())}
+    assert set(line.split(": ")[1].split(", ")) == set(ops()) - called and "attention" in called
+
+
 def test_on_a_cpu_every_op_is_the_reference():
     text = explain(QWEN, CPU)
     calls = training_calls(QWEN, new_config(QWEN.model, 100, 0), CPU)

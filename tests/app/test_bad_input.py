@@ -1,10 +1,12 @@
 """Wrong input gives one clear error, exit code 2 and nothing half-written."""
 
+import errno
 import json
 import shutil
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from app.tiny_run import only_run, records, write_config, write_documents
 from tilestack.app import checkpoints
@@ -275,6 +277,20 @@ def test_the_cpus_own_out_of_memory_error_is_recognised(capsys):
         torch.empty(2**60, dtype=torch.uint8)
     assert leaving.value.code == 2
     assert "not enough memory on the CPU: 1152921504606846976 bytes more were needed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/x/.tmp-export/tokenizer.json"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_no_bug_and_the_way_on_is_told(error, capsys):
+    with pytest.raises(SystemExit) as leaving, reported():
+        raise error
+    assert leaving.value.code == 2
+    assert f"error: {error}; make room on that disk. A run goes on from" in capsys.readouterr().err
 
 
 def test_a_bug_keeps_its_traceback():

@@ -29,9 +29,9 @@ def missing(name):
     [
         (lambda name: "2.11.0+cu130", FINE, ""),
         (lambda name: "2.12.0.dev1", FINE, ""),
-        (lambda name: "2.9.1", BROKEN, "pip install 'torch<2.15,>=2.11'"),
-        (lambda name: "2.15.0", BROKEN, "pip install 'torch<2.15,>=2.11'"),
-        (missing, BROKEN, "pip install 'torch<2.15,>=2.11'"),
+        (lambda name: "2.9.1", BROKEN, "pip install 'torch>=2.11,<2.15'"),
+        (lambda name: "2.15.0", BROKEN, "pip install 'torch>=2.11,<2.15'"),
+        (missing, BROKEN, "pip install 'torch>=2.11,<2.15'"),
     ],
 )
 def test_a_package_is_held_against_what_tilestack_asks_for(installed, state, do):

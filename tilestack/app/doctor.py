@@ -79,14 +79,15 @@ def packages(requires: Callable[[str], list[str] | None], version: Callable[[str
     for requirement in map(Requirement, lines):
         if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
-        name, wanted = requirement.name, requirement.specifier
+        name, bounds = requirement.name, requirement.specifier
+        wanted = ",".join(sorted(map(str, bounds), reverse=True))  # >= before <
         try:
             have = version(name)
         except importlib.metadata.PackageNotFoundError:
             yield Finding(BROKEN, name, "not installed", f"pip install '{name}{wanted}'")
             continue
-        if wanted.contains(Version(have), prereleases=True):
-            yield Finding(FINE, name, f"{have} (asked for: {wanted})")
+        if bounds.contains(Version(have), prereleases=True):
+            yield Finding(FINE, name, f"{have} ({wanted})")
         else:
             yield Finding(BROKEN, name, f"{have}, which is not {wanted}", f"pip install '{name}{wanted}'")
 

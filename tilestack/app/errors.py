@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
@@ -49,7 +50,16 @@ def _in_words(error: Exception) -> str | None:
 
     if isinstance(error, CheckpointError | LaunchError | SettingsError | UnsupportedError):
         return str(error)
-    return out_of_memory(error)
+    return disk_full(error) or out_of_memory(error)
+
+
+def disk_full(error: BaseException) -> str | None:
+    """What to say if `error` means that a disk has no room left, else None; libraries wrap the system's own error."""
+    if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and "No space left on device" not in str(
+        error
+    ):
+        return None
+    return f"{error}; make room on that disk. A run goes on from its last complete checkpoint: --resume RUN"
 
 
 def out_of_memory(error: BaseException) -> str | None:

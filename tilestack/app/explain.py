@@ -61,7 +61,7 @@ def named_device(name: str) -> Device:
         return Device("cpu", "cpu", "cpu")
     if not re.fullmatch(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}", name):
         raise UserError(f"--device must be cpu, an architecture like sm_90 or one like gfx942, got {name!r}")
-    return Device("cuda", name, f"any {name}")
+    return Device("cuda", name, name)
 
 
 def explain(config: Config, device: Device) -> str:
@@ -146,13 +146,12 @@ def _model(config: Config, shape: Qwen3MoeConfig) -> list[str]:
 
 def _kernels(config: Config, shape: Qwen3MoeConfig, device: Device) -> list[str]:
     calls = training_calls(config, shape, device)
-    lines = [f"device     {device.name} ({device.arch})"]
+    arch = "" if device.name == device.arch else f" ({device.arch})"
+    lines = [f"device     {device.name}{arch}"]
     for name, op in ops().items():
         if name in calls:
             lines += ["", *_op(op, calls[name], getattr(config.kernels, name, "auto"))]
-        else:
-            lines += ["", f"{name}: nothing in this training run calls it"]
-    return lines
+    return [*lines, "", f"not called by this training: {', '.join(name for name in ops() if name not in calls)}"]
 
 
 def _op(op: Op, call: Call, asked: str) -> list[str]:

@@ -64,7 +64,9 @@ def _folder(config: Config, out: str | None) -> Path:
     folder = made if out is None else Path(out)
     there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"{'output.folder' if out is None else '--out'}: {folder} cannot be made, see {there}")
+        raise UserError(
+            f"{'output.folder' if out is None else '--out'}: {folder} cannot be made: no right to write in {there}"
+        )
     return folder
 
 
