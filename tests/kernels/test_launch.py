@@ -49,6 +49,7 @@ def test_a_launch_is_what_triton_would_launch_and_compiles_nothing_that_was_comp
     assert found["host"] == ["the host function's", 0, 0, None]
     assert found["compiler"] == ["the compiler's", 1, 0, None]
     assert found["afterwards"] == [None, 2, 0, None]
+    assert found["while it compiles"] == [[None, 3, 1, None], [None, 2, 0, None]]  # the thread is the test's
 
 
 @pytest.mark.slow
