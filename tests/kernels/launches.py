@@ -13,11 +13,13 @@ import json
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
+from triton import AsyncCompileMode
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import compute_cache_key
 
@@ -208,6 +210,11 @@ def healthy(pointer):
 
 
 @triton.jit
+def late(pointer):
+    pass
+
+
+@triton.jit
 def sick(pointer):
     pass
 
@@ -220,16 +227,23 @@ def host(tensor, kernels, error=None):
         raise error
 
 
-def outcome(*arguments):
+def outcome(*arguments, call=host):
     """The error of a call, and how many launches, threads and waiting launches it leaves behind."""
     LAUNCHED.clear()
+    before = threading.active_count()
     with offline._pretending("sm_90"):
         try:
-            host(torch.empty(16, device="meta"), *arguments)
+            call(torch.empty(16, device="meta"), *arguments)
             error = None
         except ValueError as found:
             error = str(found)
-    return [error, len(LAUNCHED), threading.active_count() - 1, launch._HERE.waiting]
+    return [error, len(LAUNCHED), threading.active_count() - before, launch._HERE.waiting]
+
+
+def outcome_in_tritons_mode():
+    """Launches while the kernel is being compiled elsewhere: in 3.8 Triton has a future of it."""
+    with ThreadPoolExecutor(1) as pool, AsyncCompileMode(pool):
+        return outcome((late, late, late), call=host.__wrapped__)
 
 
 def failures():
@@ -237,6 +251,7 @@ def failures():
         "host": outcome((healthy, sick), ValueError("the host function's")),
         "compiler": outcome((healthy, sick, healthy)),
         "afterwards": outcome((healthy, healthy)),
+        "while it compiles": [outcome_in_tritons_mode(), outcome((late, late))],
     }
 
 

@@ -4,6 +4,7 @@ import importlib
 
 import pytest
 import torch
+from test_launch import launches_wait
 
 from tilestack.kernels import UnsupportedError, moe, sort_routes
 from tilestack.kernels.moe import triton_portable
@@ -111,6 +112,7 @@ def test_a_gradient_that_nobody_needs_costs_no_product_and_changes_no_other(need
 
     leaves, out = forward(("x", "gate_up", "down", "topk_weights"))
     expected = dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), upstream), strict=True))
+    launches_wait(monkeypatch)  # which changes no bit either
     leaves, out = forward(needs)
     kernels = (
         (portable, "moe_rows_kernel"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from triton import AsyncCompileMode
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
@@ -95,7 +96,7 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         compiled[(*grid, 1, 1)[:3]](*args, *constants)
     else:
         compiled = kernel[grid](*args, **options)
-        if key is not None and compiled is not None:
+        if key is not None and isinstance(compiled, CompiledKernel):  # in the interpreter None, or not there yet
             _COMPILED[key] = compiled, tuple([options[name] for name in kernel.arg_names[len(args) :]])
 
 
