@@ -37,12 +37,13 @@ def check(cases_of_each):
     assert found["confused"] == [], "launches of one key that Triton compiles different kernels for"
     assert found["launched otherwise"] == []
     assert found["compiled twice"] == []
-    assert set(found["side by side"]) == TOGETHER
+    assert set(found["side by side"]) >= TOGETHER
     return found
 
 
 def test_a_launch_is_what_triton_would_launch_and_compiles_nothing_that_was_compiled_for_it():
     found = check(2)
+    assert set(found["side by side"]) == TOGETHER
     assert not TOGETHER & set(found["alone"]), "compiled by the launch itself, though it was compiled for"
     assert found["unnoticed"] == [], "planted: keys that leave something out"
     # error, launches, threads and waiting launches that are left
