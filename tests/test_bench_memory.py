@@ -57,6 +57,12 @@ def test_no_weight_has_memory_before_the_engine_gives_a_rank_its_part(monkeypatc
     assert given == [{"meta"}] * len(memory.FULL)
 
 
+def test_a_row_has_the_fullest_rank_and_the_rate_of_the_slowest():
+    case = memory.MemoryCase(8, sequence_parallel=2, accumulation=3, micro_batch_tokens=4000)
+    row = memory._row(case, [{"peak": 2 * GIB, "ms": 100.0}, {"peak": GIB, "ms": 200.0}])
+    assert (row.peak_gib, row.ms_median, row.tokens_per_s) == (2.0, 200.0, 4000 / 2 * 3 / 0.2)
+
+
 def test_weights_drawn_in_place_are_those_of_the_name_and_the_part():
     source, parts = memory._DrawnInPlace(0.02), [torch.empty(1000) for _ in range(4)]
     places = [("layers.0.mlp.gate_up_proj", 0), ("layers.0.mlp.gate_up_proj", 0), ("layers.0.mlp.gate_up_proj", 1000)]

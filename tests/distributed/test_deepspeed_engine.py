@@ -106,6 +106,12 @@ def test_all_that_recomputed_layers_send_to_other_ranks_is_waited_for(run):
         assert found["unawaited"] == 0
 
 
+def test_sizes_are_read_once_a_layer_and_micro_batch_and_again_where_a_layer_is_made_again(run):
+    once = 2 * worker.MICRO_BATCHES / run["processes"] if "experts" in run["setting"] else 0  # of two layers
+    for found in run["ranks"]:
+        assert found["waits"] == {"none": once, "full": 2 * once, "selective": 2 * once}
+
+
 def test_a_deepspeed_file_of_ones_own_with_deepspeeds_optimizer_trains_alike(run):
     assert run["own file"] == pytest.approx(worker.losses(run["steps"][:2]), rel=1e-6)
 

@@ -99,6 +99,22 @@ def every_journey() -> Iterator[list]:
         expert_parallel._Journey.__init__ = plain
 
 
+@contextlib.contextmanager
+def every_wait() -> Iterator[list]:
+    """Collects one entry for each time that the host reads from the device how many rows go where."""
+    read, plain = [], expert_parallel.AllToAllDispatcher._plan
+
+    def counted(dispatcher, topk_ids):
+        read.append(True)
+        return plain(dispatcher, topk_ids)
+
+    expert_parallel.AllToAllDispatcher._plan = counted
+    try:
+        yield read
+    finally:
+        expert_parallel.AllToAllDispatcher._plan = plain
+
+
 def chosen(setting: str, **options) -> DistributedConfig:
     if setting.endswith("-rows"):
         setting, options["sequence_parallel"] = setting.removesuffix("-rows"), int(os.environ["WORLD_SIZE"])
@@ -110,7 +126,9 @@ def run_setting(folder: Path, setting: str) -> dict:
     distributed = chosen(setting)
     checkpoint = folder / f"checkpoint-{setting}"
     engine = make(folder, distributed)
-    found = {"steps": train(engine, 0, 3)}
+    with every_wait() as waits:
+        found = {"steps": train(engine, 0, 3)}
+    found["waits"] = {"none": len(waits) / 3}
     checkpoint.mkdir(exist_ok=True)
     engine.save(checkpoint)
     found["steps"] += train(engine, 3, STEPS)
@@ -137,8 +155,9 @@ def run_setting(folder: Path, setting: str) -> dict:
 
     found["checkpointed"], found["unawaited"] = {}, 0
     for mode in ("full", "selective"):
-        with every_journey() as journeys:
+        with every_journey() as journeys, every_wait() as waits:
             found["checkpointed"][mode] = losses(train(make(folder, distributed, activation_checkpointing=mode), 0, 2))
+        found["waits"][mode] = len(waits) / 2
         found["unawaited"] += sum(bool(each._work) for each in journeys)
     own_file = chosen(setting, deepspeed_config=str(folder / f"own-{distributed.zero}.json"))
     found["own file"] = losses(train(make(folder, own_file), 0, 2))

@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.step import qwen3_30b_a3b
 from tilestack.distributed.memory_model import Memory, Training, memory
 
-STEPS = 4  # the first two compile and make states
+STEPS, FIRST = 6, 2  # the first ones compile and make states
 AHEAD = 2  # cases whose processes import meanwhile
 PATIENCE_S, PATIENCE_OF_A_LAYER_S = 45.0, 2.0
 POLL_S = 0.05
@@ -121,8 +122,10 @@ def _row(case: MemoryCase, found: list[dict] | str) -> Row:
         return Row("memory", asdict(case), "tilestack", "step", error=found)
     worst = max(found, key=lambda rank: rank["peak"])
     gib = {name: value / 2**30 for name, value in worst.items() if name != "ms"}
+    ms = max(rank["ms"] for rank in found)
+    tokens = case.micro_batch_tokens * case.accumulation / case.sequence_parallel
     return Row(
-        "memory", asdict(case), "tilestack", "step", ms_median=max(rank["ms"] for rank in found),
+        "memory", asdict(case), "tilestack", "step", ms_median=ms, tokens_per_s=tokens / ms * 1e3,
         peak_gib=gib["peak"], gib={name: round(value, 3) for name, value in gib.items()},
     )  # fmt: skip
 
@@ -184,7 +187,7 @@ class _DrawnInPlace:
 
 def measure(case: MemoryCase, config: Qwen3MoeConfig) -> dict[str, float]:
     """Bytes of this rank: resident between steps, the highest of each stage and of all, taken from the device by
-    torch's allocator, and by others (CUDA, NCCL); and the milliseconds of the last step."""
+    torch's allocator, and by others (CUDA, NCCL); and the median milliseconds of a step."""
     from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
     from tilestack.models.weights import outline
 
@@ -204,23 +207,24 @@ def measure(case: MemoryCase, config: Qwen3MoeConfig) -> dict[str, float]:
     cuda = torch.cuda if world.device.type == "cuda" else None
     peaks: dict[str, int] = {}
     _watch(engine, peaks, cuda)
-    milliseconds = 0.0
+    milliseconds = []
     for step in range(STEPS):
-        if step == STEPS // 2:
+        if step == FIRST:
             peaks.clear()
         if cuda:
             cuda.synchronize()
         started = time.perf_counter()
         result = engine.train_step([_micro_batch(case, config, world.device) for _ in range(case.accumulation)], 1e-5)
         loss = result.loss.item()
-        milliseconds = (time.perf_counter() - started) * 1e3
+        milliseconds.append((time.perf_counter() - started) * 1e3)
     assert loss == loss, "the loss is NaN"
+    median = statistics.median(milliseconds[FIRST:])
     if not cuda:
-        return peaks | {"peak": 0, "ms": milliseconds}
+        return peaks | {"peak": 0, "ms": median}
     free, total = cuda.mem_get_info()
     return peaks | {
         "resident": cuda.memory_allocated(), "peak": max(peaks.values()), "reserved": cuda.max_memory_reserved(),
-        "outside": total - free - cuda.memory_reserved(), "ms": milliseconds,
+        "outside": total - free - cuda.memory_reserved(), "ms": median,
     }  # fmt: skip
 
 
