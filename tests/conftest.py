@@ -1,8 +1,6 @@
 """Where there is no GPU, Triton kernels run in Triton's interpreter; it must be chosen before they are imported."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,9 +12,6 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter_shim  # noqa: F401  (mends the interpreter on import)
-
-# DeepSpeed builds a small C++ part: once for each environment, not anew whenever the tests run in another one
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 @pytest.fixture(autouse=torch.cuda.is_available())

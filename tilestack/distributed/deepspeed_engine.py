@@ -67,6 +67,8 @@ def join(world: World, timeout: float) -> None:
             os.environ.setdefault(name, str(value))
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # for inference on a CPU, and compiled on the user's machine at its first start
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with _quiet():
         limit = datetime.timedelta(seconds=timeout + LATER_S)
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=limit)

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import sys
-import sysconfig
-import time
-from pathlib import Path
 
 import torch
 
@@ -35,7 +29,7 @@ def start(distributed: DistributedConfig) -> World:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if uses_deepspeed(distributed, world):
-        check_deepspeed(world.device)
+        check_deepspeed()
         from tilestack.distributed.deepspeed_engine import join
 
         join(world, distributed.timeout)
@@ -106,58 +100,7 @@ def make_engine(
     return LocalEngine(model, optimizer, accumulation, world, record_graphs=graphs, weights=weights)
 
 
-def check_deepspeed(device: torch.device) -> None:
-    """Check what DeepSpeed needs at its start, which would otherwise fail late and far from the cause.
-
-    On the CPU it compiles its shared-memory collectives at its first start: a C++ compiler, ninja and Python's headers.
-
-    Raises LaunchError that names what is missing and what to install.
-    """
+def check_deepspeed() -> None:
+    """Raise LaunchError, with what to install, if DeepSpeed is missing."""
     if importlib.util.find_spec("deepspeed") is None:
         raise LaunchError("training in several processes needs DeepSpeed; install it: pip install 'tilestack[train]'")
-    if device.type != "cpu":
-        return
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise LaunchError(
-            f"DeepSpeed compiles a small C++ extension at its first start on a CPU, and there is no C++ compiler "
-            f"({compiler!r} is not on the PATH); install one (Debian, Ubuntu: apt install g++; Fedora: dnf install "
-            "gcc-c++), or train in one process, which needs none"
-        )
-    headers = Path(sysconfig.get_path("include"))
-    if not (headers / "Python.h").exists():
-        raise LaunchError(
-            f"DeepSpeed compiles a small C++ extension at its first start on a CPU, and Python's headers are missing "
-            f"({headers}/Python.h); install them (Debian, Ubuntu: apt install python3-dev; Fedora: dnf install "
-            "python3-devel), or train in one process, which needs none"
-        )
-    _find_ninja()
-    _tell_of_an_old_lock()
-
-
-def _tell_of_an_old_lock() -> None:
-    """A process that was killed while it compiled leaves a lock, for which torch waits without a word and for ever."""
-    from torch.utils.cpp_extension import get_default_build_root  # needs setuptools, as DeepSpeed does
-
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    for lock in root.glob("**/deepspeed_shm_comm/lock"):
-        minutes = (time.time() - lock.stat().st_mtime) / 60
-        if minutes > 2 and os.environ.get("LOCAL_RANK", "0") == "0":
-            print(
-                f"waiting for the process that began to compile DeepSpeed's C++ extension {minutes:.0f} minutes ago; "
-                f"if there is none any more, stop this one and remove {lock}",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-def _find_ninja() -> None:
-    """Put the environment's own ninja on the PATH: it is not there where the environment was not activated."""
-    if shutil.which("ninja") is not None:
-        return
-    scripts = sysconfig.get_path("scripts")
-    if shutil.which("ninja", path=scripts) is None:
-        raise LaunchError(
-            "DeepSpeed compiles its extension with ninja, which is missing; install it: pip install ninja"
-        )
-    os.environ["PATH"] = os.pathsep.join([scripts, os.environ.get("PATH", "")])
