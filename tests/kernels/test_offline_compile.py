@@ -17,6 +17,7 @@ from tilestack.testing.cases import all_cases
 ROOT = Path(__file__).parents[2]
 # sm_86 and sm_89 have sm_80's instructions and sm_120's tiles: here attention alone goes there, slowly every op
 LIKE_OTHERS = ("sm_86", "sm_89")
+LARGE = ("attention", "moe")  # hundreds of kernels with every real shape: a test, and a limit of time, for each target
 TARGETS = tuple(each for each in offline.TARGETS if each not in LIKE_OTHERS)
 # (kernel, target): how many spills are allowed, and why. A smaller number that holds must be written down.
 UNEVEN = "lengths that are no multiple of 16, whose loads take more registers"
@@ -93,9 +94,17 @@ def test_attention_with_every_feature_compiles_within_its_budgets():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", all_cases())
+@pytest.mark.parametrize("op", [op for op in all_cases() if op not in LARGE])
 def test_every_kernel_compiles_within_its_budgets_for_every_real_shape_and_target(op):
     check(op, tuple(offline.TARGETS), "--thorough")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", offline.TARGETS)
+@pytest.mark.parametrize("op", LARGE)
+def test_every_kernel_of_a_large_op_compiles_within_its_budgets_for_every_real_shape(op, target):
+    check(op, (target,), "--thorough", all_kernels=target == "sm_90")
 
 
 def test_planted_faults_are_found():
