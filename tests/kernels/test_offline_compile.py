@@ -29,7 +29,10 @@ ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("attention_bwd_dk_dv_kernel", "sm_86"): (8, UNEVEN),
     ("attention_bwd_dk_dv_kernel", "sm_89"): (8, UNEVEN),
     ("attention_bwd_dk_dv_kernel", "sm_90"): (147, "what a loop does not change; its body reloads, and stores nothing"),
-    ("attention_forward_kernel", "sm_90"): (11, "from item to item; its loop has none: test_attention_sm90_loops.py"),
+    ("attention_forward_kernel", "sm_90"): (
+        20,
+        "packed; 6 with Triton 3.6. From item to item: the loop of dense input has none, test_attention_sm90_loops.py",
+    ),
     ("attention_bwd_dk_dv_kernel", "sm_100"): (85, "packed input and single queries; as on sm_90"),
     ("attention_bwd_dk_dv_kernel", "sm_120"): (16, UNEVEN),
     ("attention_kvcache_kernel", "sm_90"): (
@@ -51,6 +54,8 @@ ALLOWED_SPILLS_OF_FEATURES: dict[tuple[str, str], int] = {
     ("attention_bwd_dk_dv_kernel", "sm_100"): 130,
     ("attention_bwd_dk_dv_kernel", "sm_120"): 54,
 }
+# with a left window, 85 with Triton 3.8 and 689 with 3.6: a fault that only a GPU can show to be mended
+ALLOWED_SPILLS_OF_LEFT_WINDOWS = {("attention_forward_kernel", "sm_90"): 689}
 
 
 def run_compiling(*command: str) -> dict:
@@ -76,6 +81,8 @@ def check(op: str, targets: tuple[str, ...], *more: str, all_kernels: bool = Tru
 
 def allowed_spills(each: offline.Compiled) -> int:
     always, _ = ALLOWED_SPILLS.get((each.kernel, each.target), (0, ""))
+    if "HAS_LEFT=True" in each.constexprs:
+        always = max(always, ALLOWED_SPILLS_OF_LEFT_WINDOWS.get((each.kernel, each.target), 0))
     featured = any(switch in each.constexprs for switch in FEATURES)
     return max(always, ALLOWED_SPILLS_OF_FEATURES.get((each.kernel, each.target), 0) if featured else 0)
 
