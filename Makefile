@@ -25,10 +25,10 @@ train: $(VENV)/installed   ## train a small Qwen3-MoE on this machine, GPU or no
 
 test: $(VENV)/installed    ## the tests that CI runs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: $(VENV)/installed ## every test, the slow ones too
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-gpu: $(VENV)/installed ## the grid on the GPU at hand
 	$(BIN)/python -m pytest tests/kernels tests/compat

@@ -247,7 +247,10 @@ def outcome_in_tritons_mode():
 
 
 def failures():
+    with mock.patch.object(launch, "on_device", side_effect=ValueError("the device's")):
+        device = outcome((healthy, healthy))
     return {
+        "device": device,
         "host": outcome((healthy, sick), ValueError("the host function's")),
         "compiler": outcome((healthy, sick, healthy)),
         "afterwards": outcome((healthy, healthy)),

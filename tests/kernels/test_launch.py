@@ -49,6 +49,7 @@ def test_a_launch_is_what_triton_would_launch_and_compiles_nothing_that_was_comp
     assert not TOGETHER & set(found["alone"]), "compiled by the launch itself, though it was compiled for"
     assert found["unnoticed"] == [], "planted: keys that leave something out"
     # error, launches, threads and waiting launches that are left
+    assert found["device"] == ["the device's", 0, 0, None]
     assert found["host"] == ["the host function's", 0, 0, None]
     assert found["compiler"] == ["the compiler's", 1, 0, None]
     assert found["afterwards"] == [None, 2, 0, None]

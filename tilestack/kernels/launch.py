@@ -7,6 +7,7 @@ import contextvars
 import functools
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -41,22 +42,25 @@ def together(host: Callable) -> Callable:
     """Of a host function that launches several kernels: those that it launches for the first time are compiled at once.
 
     From the first of them on, launches wait for the function's end: nothing else in it may read what they write, and
-    all their tensors stay in memory until then. Its first argument is a tensor on the GPU that it launches on.
+    all their tensors stay in memory until then; so it is in any call with a kind of argument that is new. Its first
+    argument is a tensor on the GPU that it launches on.
     """
 
     @functools.wraps(host)
     def launching(first: torch.Tensor, *args: Any, **options: Any) -> Any:
         if _HERE.waiting is not None:  # called by another one
             return host(first, *args, **options)
-        _HERE.waiting = waiting = []
         with on_device(first):
+            _HERE.waiting = waiting = []
             try:
                 results = host(first, *args, **options)
             finally:
                 _HERE.waiting = None
             if len(waiting) > 1:
                 contextvars.Context().run(_compile, waiting)  # Triton's mode stays in it, whatever happens
-            for kernel, grid, arguments, constants in waiting:
+            waiting.reverse()
+            while waiting:  # what is launched no longer keeps its tensors
+                kernel, grid, arguments, constants = waiting.pop()
                 run(kernel, grid, *arguments, **constants)
         return results
 
@@ -65,13 +69,18 @@ def together(host: Callable) -> Callable:
 
 def _compile(launches: list[tuple]) -> None:
     """Compile what the launches need and do not find, each in a thread. What fails is left to the launch to raise."""
-    with _Compilers(len(launches)) as pool, AsyncCompileMode(pool, ignore_errors=True):
+    # Triton 3.6 sets and restores the process's filters of warnings in each thread, in any order
+    filters = warnings.catch_warnings()
+    with filters, _Compilers(len(launches)) as pool, AsyncCompileMode(pool, ignore_errors=True):
         for kernel, grid, args, options in launches:
             kernel.warmup(*args, grid=grid, **options)
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that compile a kernel and, because Triton 3.6 has it in C, the function that launches it."""
+    """Threads that compile a kernel and, because Triton 3.6 has it in C, the function that launches it.
+
+    That one is thrown away: loaded by another thread meanwhile, it may hold another kernel's.
+    """
 
     def submit(self, compile_kernel: Callable[[], Any]) -> Future:
         def compile_both() -> Any:
