@@ -13,6 +13,7 @@ from tilestack.kernels import launch
 from tilestack.testing.cases import all_cases
 from tilestack.testing.compare import evaluate
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROGRAM = str(Path(__file__).with_name("launches.py"))
 # host functions with several kernels that are long in the compiler, or whose first launches are many
 TOGETHER = {
@@ -61,14 +62,14 @@ def test_every_small_case_of_the_grid_launches_what_triton_would_launch():
     check(10**6)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU first launches wait anyway")
 @pytest.mark.parametrize(("op", "name"), [("router", "masked"), ("sort_routes", "plain")])
 def test_launches_that_wait_give_the_same_bits(op, name, monkeypatch):  # others: test_moe.py, emulated test_*_sm90*.py
     cases = all_cases()[op]
     (case,) = (each for each in cases.cases if each.name == name)
-    tensors = case.make(torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    tensors = case.make(torch.float32, DEVICE, torch.Generator().manual_seed(0))
     expected = evaluate(cases, case, tensors, "tilestack-triton")
     launches_wait(monkeypatch)
+    monkeypatch.setattr(launch, "_COMPILED", {})  # on a GPU too, all is launched for the first time again
     found = evaluate(cases, case, tensors, "tilestack-triton")
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
