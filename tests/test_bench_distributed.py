@@ -77,6 +77,8 @@ def test_both_implementations_run_on_two_ranks():
         ("tilestack", replace(TINY, expert_parallel=2)),
         (distributed.RIVAL, TINY),
         (distributed.RIVAL, replace(TINY, zero=3, checkpointing="full")),
+        # deeper than any rank may have whole
+        ("tilestack", replace(TINY, layers=24, expert_parallel=2, moments="8bit", master_weights=False)),
     ]
     jobs = [distributed.Job(name, case, 2) for name, case in cases]
     group = Ranks(tiny_step, 2, free_ports(), distributed.import_all)

@@ -7,6 +7,7 @@ import torch
 from distributed.tiny import tiny_config
 
 from tilestack.bench import adamw, memory
+from tilestack.bench.drawing import DrawnInPlace
 from tilestack.bench.memory_tables import adamw_block, plan_block, planned_table, steps_with_peaks, timed_block
 from tilestack.bench.results import read
 from tilestack.bench.step import qwen3_30b_a3b
@@ -64,7 +65,7 @@ def test_a_row_has_the_fullest_rank_and_the_rate_of_the_slowest():
 
 
 def test_weights_drawn_in_place_are_those_of_the_name_and_the_part():
-    source, parts = memory._DrawnInPlace(0.02), [torch.empty(1000) for _ in range(4)]
+    source, parts = DrawnInPlace(0.02), [torch.empty(1000) for _ in range(4)]
     places = [("layers.0.mlp.gate_up_proj", 0), ("layers.0.mlp.gate_up_proj", 0), ("layers.0.mlp.gate_up_proj", 1000)]
     for target, place in zip(parts, [*places, ("layers.0.input_layernorm.weight", 0)], strict=True):
         source.fill(*place, target)
@@ -88,7 +89,7 @@ def test_tables_have_a_line_for_each_case_also_for_one_that_failed():
         "case": case | {"batch": 1},
     }
     text = timed_block({"rows": [step, step | {"implementation": "transformers"}, step | {"error": "no memory"}]})
-    assert text.count("\n") == 2 + 1 and "| 8 | 2 GPUs, ZeRO 2, EP 2 | 1 x 4,096 | none | float32 |" in text
+    assert text.count("\n") == 2 + 1 and "| 8 | 2 GPUs, ZeRO 2, EP 2 | 1 x 4,096 | none | float32, on host |" in text
 
 
 def test_the_bytes_of_an_update_are_what_the_tensors_hold():

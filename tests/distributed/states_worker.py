@@ -17,6 +17,7 @@ import torch
 from distributed.tiny import global_step, tiny_model
 from distributed.worker import weights_of
 from tilestack.distributed import DistributedConfig, OptimizerConfig, make_engine, start
+from tilestack.distributed.zero_step import OnePassZeroOptimizer
 
 STEPS = 5
 
@@ -67,13 +68,36 @@ def state_bytes(engine) -> dict[str, int]:
 
 
 @contextlib.contextmanager
+def units_in_flight(zero: OnePassZeroOptimizer, found: list[int]) -> Iterator[None]:
+    """Collects the bytes that travel when a layer's experts make their gradients."""
+    process, seen = type(zero).process_gradients, []
+
+    def processed(parameter, index):
+        if parameter.dim() == 3:
+            seen.append(index)
+            if len(seen) % 2:
+                found.append(sum(whole.nbytes for _, _, _, whole in zero._travelling))
+        process(zero, parameter, index)
+
+    zero.process_gradients = processed
+    yield
+    del zero.process_gradients
+
+
+@contextlib.contextmanager
 def gradients_on_their_way(engine) -> Iterator[dict]:
     """Collects what DeepSpeed takes to reduce gradients and to update.
 
     "filled": elements of each bucket that is reduced (ZeRO 0 and 1: of each piece). "buckets": bytes of all buckets.
     "reduced", "updated": the bytes of each flat copy of gradients that is made for it.
+    "in flight": our ZeRO 2: bytes that travel when the first gradient of each layer's experts is there.
     """
-    zero, found, reducing = engine.engine.optimizer, {"filled": [], "reduced": [], "updated": [], "buckets": 0}, []
+    zero, reducing = engine.engine.optimizer, []
+    found = {"filled": [], "reduced": [], "updated": [], "buckets": 0, "in flight": []}
+    if isinstance(zero, OnePassZeroOptimizer):
+        with units_in_flight(zero, found["in flight"]):
+            yield found
+        return
     in_buckets = hasattr(zero, "average_tensor")
     owner, method = (zero, "average_tensor") if in_buckets else (engine.engine, "allreduce_bucket")
     reduce, flatten = getattr(owner, method), getattr(zero, "flatten", None)

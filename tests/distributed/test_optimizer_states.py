@@ -103,13 +103,17 @@ def test_the_plan_knows_the_bytes_of_weights_masters_moments_and_gradients(run):
         assert held["gradients"] == pytest.approx(parts["gradients"], **TINY)
 
 
-def test_the_plan_knows_the_buckets_and_which_gradients_fill_them(run):
+def test_the_plan_knows_the_buckets_and_which_gradients_fill_them_or_travel(run):
     training = planned(run)
     sizes, moments = Sizes(tiny_config(), training), memory(tiny_config(), training).moments
     norms = sum(each.numel() for each in tiny_model().parameters() if each.dim() == 1)
     for found in (each["on their way"] for each in run["ranks"]):
         assert found["buckets"] == moments["backward, first layer"].get("buckets", 0)
-        if training.zero == 2:
+        if sizes.one_pass:
+            layers = range(tiny_config().num_hidden_layers, 0, -1)
+            expected = [sizes.in_flight(layer) for layer in layers] * training.accumulation
+            assert found["in flight"] == pytest.approx(expected, rel=0, abs=2 * norms)
+        elif training.zero == 2:
             filled = [filled for filled, _ in sizes.sent_together()] * training.accumulation
             assert found["filled"] == pytest.approx(filled, abs=norms)
             assert max(found["reduced"]) <= sizes.on_the_way()

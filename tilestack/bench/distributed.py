@@ -17,16 +17,18 @@ import itertools
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import transformers
 
 from tilestack.app.trace.units import covered
+from tilestack.bench.drawing import DrawnInPlace
 from tilestack.bench.failures import start_failures, time_failures
 from tilestack.bench.ranks import Ranks, free_ports
 from tilestack.bench.results import FOLDER, Recorder, Row
@@ -35,11 +37,14 @@ from tilestack.bench.timing import ceilings
 from tilestack.distributed import DistributedConfig, Engine, OptimizerConfig, make_engine, start
 from tilestack.models import Recomputation
 from tilestack.models.flops import training_flops_per_token
+from tilestack.models.weights import outline
 
 WARMUP = 4  # also the steps whose losses are kept
-MICRO_BATCHES = 4  # different ones, over and over
 PROFILED = 2
-PATIENCE_S = 100.0  # of one job, its compiling and its start included
+LONG, LONG_WARMUP, LONG_PROFILED = 1 << 14, 2, 1  # of steps with more tokens a GPU than that
+MICRO_BATCHES = 4  # different ones, over and over
+PATIENCE_S, PATIENCE_OF_A_LAYER_S = 90.0, 2.0  # of one job, its compiling and its start included
+WHOLE = 12  # layers: of a deeper model no rank makes what it does not keep
 LINK_BYTES = 1 << 28  # what a rank has after a collective is timed
 LEARNING_RATE = 1e-4
 SMALL_BYTES = 1 << 24  # what kernels keep between calls is smaller
@@ -61,13 +66,19 @@ class Case:
     expert_parallel: int = 1
     sequence_parallel: int = 1
     checkpointing: Recomputation = "none"
+    moments: Literal["float32", "bfloat16", "8bit"] = "float32"
+    master_weights: bool = True
+    offload: bool = False
     model: str = "Qwen3-30B-A3B"
-    optimizer: str = "adamw, float32 master and moments"
 
     @property
     def tokens(self) -> float:
         """Of one GPU."""
         return self.batch * self.seqlen / self.sequence_parallel
+
+    def optimizer(self) -> OptimizerConfig:
+        """How the state is kept."""
+        return OptimizerConfig(moments=self.moments, master_weights=self.master_weights, offload=self.offload)
 
     def distributed(self) -> DistributedConfig:
         """tilestack's configuration of it."""
@@ -90,47 +101,66 @@ class Job:
 def jobs_of(gpus: int, layers: int, large: int, repeats: int) -> list[Job]:
     """What is measured, what matters most first: a run may be stopped at a time limit.
 
-    layers: of the small model, which one GPU trains too; large: of the one that needs them all.
+    layers: of the small model, which one GPU trains too; large: of the one that needs them all. What fills the memory
+    comes late, when the processes of jobs before are gone.
     """
-    small, big = Case(layers=layers, gpus=gpus), Case(layers=large, gpus=gpus)
-    rows = replace(small, batch=1, zero=3, sequence_parallel=gpus, checkpointing="full")
-    links = Job("nccl", Case(layers=0, batch=0, seqlen=0, gpus=gpus), 10, "links")
-    steps = [
+    small, big, deep = (Case(layers=each, gpus=gpus) for each in (layers, large, 12))
+    rows = replace(deep, batch=1, zero=3, sequence_parallel=gpus, checkpointing="selective", moments="8bit")
+    # each GPU has as much as one of four that train all 48 layers
+    quarter = Case(
+        12 * gpus, gpus=gpus, expert_parallel=gpus, checkpointing="full", moments="8bit", master_weights=False
+    )
+    links, failures = (
+        Job(name, Case(layers=0, batch=0, seqlen=0, gpus=gpus), repeats, kind)
+        for name, kind in (("nccl", "links"), ("tilestack", "failures"))
+    )
+    first = [
         ("tilestack", replace(small, gpus=1, zero=0)),
-        ("tilestack", replace(small, zero=2)),
-        (RIVAL, replace(small, zero=2, batch=2)),
-        (RIVAL, replace(small, zero=2, checkpointing="full")),
-        ("tilestack", replace(big, zero=2, batch=3)),
-        (RIVAL, replace(big, zero=2, batch=2, checkpointing="full")),
-        ("tilestack", replace(small, zero=2, expert_parallel=gpus)),
-        ("tilestack", replace(rows, seqlen=65536)),
-        ("tilestack", replace(small, zero=3)),
-        (RIVAL, replace(big, zero=3, batch=2, checkpointing="full")),
-        ("tilestack", replace(big, zero=3, batch=4, checkpointing="selective")),
-        ("tilestack", replace(rows, seqlen=32768)),
-        ("tilestack", replace(small, zero=1)),
-        ("tilestack", replace(big, zero=2, batch=2, expert_parallel=gpus)),
-        (RIVAL, replace(small, zero=3, checkpointing="full")),
-        ("tilestack", replace(small, zero=2, checkpointing="full")),
-        (RIVAL, replace(small, zero=2)),
+        ("tilestack", small),
+        ("tilestack", replace(big, batch=2)),
+        ("tilestack", big),
+        ("tilestack", replace(small, expert_parallel=gpus)),
+        ("tilestack", replace(big, expert_parallel=gpus)),
+        (RIVAL, small),
+        (RIVAL, replace(big, batch=2)),
+        (RIVAL, replace(big, checkpointing="full")),
     ]
-    jobs = [Job(name, case, repeats) for name, case in steps]
-    failures = Job("tilestack", Case(layers=0, batch=0, seqlen=0, gpus=gpus), 1, "failures")
-    return [links, *jobs[:7], failures, *jobs[7:]]  # the first row names the file by its GPUs
+    then = [
+        ("tilestack", replace(deep, moments="8bit")),
+        ("tilestack", replace(deep, expert_parallel=gpus, checkpointing="selective")),
+        ("tilestack", quarter),
+        ("tilestack", replace(small, zero=3)),
+        ("tilestack", replace(rows, seqlen=65536)),
+        ("tilestack", replace(rows, seqlen=131072)),
+        (RIVAL, replace(deep, zero=3, batch=1, checkpointing="full")),
+        ("tilestack", replace(deep, expert_parallel=gpus, batch=2)),
+        (RIVAL, replace(small, batch=2)),
+        (RIVAL, replace(big, zero=3, checkpointing="full")),
+        ("tilestack", replace(big, offload=True, checkpointing="full")),
+    ]
+    made = [[Job(name, case, repeats) for name, case in part] for part in (first, then)]
+    return [links, *made[0], failures, *made[1]]  # the first row names the file by its GPUs
 
 
 def run(gpus: int, layers: int, large: int, repeats: int, only: list[str] | None, folder: Path = FOLDER) -> Path:
-    """Measure everything on `gpus` GPUs of this machine; prints, and writes the result file, as it goes.
+    """Measure everything on `gpus` GPUs of this machine; see `run_jobs`."""
+    jobs = [job for job in jobs_of(gpus, layers, large, repeats) if not only or job.implementation in only]
+    return run_jobs(jobs, folder)
 
-    Raises ValueError where there are fewer.
+
+def run_jobs(jobs: list[Job], folder: Path = FOLDER) -> Path:
+    """Measure the jobs; prints, and writes the result file, as it goes.
+
+    Raises ValueError where this machine has fewer GPUs.
     """
+    gpus = max(job.case.gpus for job in jobs)
     if gpus > torch.cuda.device_count():
         raise ValueError(f"bench distributed: gpus = {gpus}, but this machine has {torch.cuda.device_count()}")
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # for the ranks
-    jobs = [job for job in jobs_of(gpus, layers, large, repeats) if not only or job.implementation in only]
     ports = free_ports()
-    groups = {place: Ranks(work, place[0], ports, import_all) for place in dict.fromkeys(map(place_of, jobs))}
-    harms = start_failures(gpus, ports)
+    left = Counter(place_of(job) for job in jobs if job.kind != "failures")
+    groups = {place: Ranks(work, place[0], ports, import_all) for place in left}
+    harms = start_failures(gpus, ports) if any(job.kind == "failures" for job in jobs) else {}
     limits = ceilings()
     torch.cuda.empty_cache()
     print(f"ceilings: {limits}", flush=True)
@@ -140,7 +170,11 @@ def run(gpus: int, layers: int, large: int, repeats: int, only: list[str] | None
             if job.kind == "failures":
                 result: list | str = time_failures(gpus, harms)
             else:
-                result = groups[place_of(job)].run(job, PATIENCE_S)
+                place = place_of(job)
+                result = groups[place].run(job, PATIENCE_S + PATIENCE_OF_A_LAYER_S * job.case.layers)
+                left[place] -= 1
+                if not left[place]:  # what its processes hold of the GPUs is wanted
+                    groups[place].stop()
             failed = Row(job.kind, asdict(job.case), job.implementation, "step", error=result)
             for row in [failed] if isinstance(result, str) else result:
                 recorder.add(row)
@@ -189,7 +223,7 @@ def free_everything() -> None:
 
 
 def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> list[Row]:
-    """The median of `job.repeats` steps, after WARMUP."""
+    """The median of `job.repeats` steps, after some that are not timed."""
     case = job.case
     config = config or qwen3_30b_a3b(case.layers)
     world = start(case.distributed())
@@ -200,7 +234,8 @@ def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> 
     losses = [train_step(next(batches))]
     clock.wait()
     cold_s = time.perf_counter() - began
-    losses += [train_step(next(batches)) for _ in range(WARMUP - 1)]
+    warmup, traced = (LONG_WARMUP, LONG_PROFILED) if case.tokens > LONG else (WARMUP, PROFILED)
+    losses += [train_step(next(batches)) for _ in range(warmup - 1)]
     clock.reset_peak()
     marks = []
     for _ in range(job.repeats):
@@ -208,7 +243,7 @@ def time_step(job: Job, config: transformers.PretrainedConfig | None = None) -> 
         train_step(next(batches))
     times = clock.between([*marks, clock.mark()])
     peak = clock.peak_gib()
-    parts = profiled(lambda: train_step(next(batches)), clock)
+    parts = profiled(lambda: train_step(next(batches)), clock, traced)
     median = statistics.median(times)
     flops = training_flops_per_token(config, case.seqlen) * case.tokens
     row = Row(
@@ -255,12 +290,16 @@ def with_tilestack(case: Case, config: transformers.PretrainedConfig) -> Step:
     """Our engine for the case; a step gives the loss of all ranks, without that of the routers."""
     from tilestack import Qwen3MoeForCausalLM
 
-    torch.manual_seed(
-        0
-    )  # drawn on the device, whole: `drawn`, which a training uses, takes the host half a minute here
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
-    engine: Engine = make_engine(model, OptimizerConfig(), case.distributed(), 1, case.checkpointing)
+    weights = None
+    if case.layers > WHOLE:
+        model, weights = outline(config, torch.bfloat16), DrawnInPlace(config.initializer_range)
+    else:
+        torch.manual_seed(0)
+        # drawn on the device, whole: `drawn`, which a training uses, takes the host half a minute here
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            model = Qwen3MoeForCausalLM._from_config(config, dtype=torch.bfloat16)
+    arguments = case.optimizer(), case.distributed(), 1, case.checkpointing
+    engine: Engine = make_engine(model, *arguments, weights=weights)
 
     def train_step(batch: dict) -> torch.Tensor:
         result = engine.train_step([batch], LEARNING_RATE)
@@ -350,7 +389,7 @@ class Clock:
         return peak.item()
 
 
-def profiled(step: Callable[[], object], clock: Clock) -> dict[str, float]:
+def profiled(step: Callable[[], object], clock: Clock, steps: int) -> dict[str, float]:
     """Milliseconds a step of collectives, of collectives that no kernel hides, and without any work; GPU only.
 
     Every rank runs the steps, the first one's are looked at.
@@ -359,11 +398,11 @@ def profiled(step: Callable[[], object], clock: Clock) -> dict[str, float]:
         return {}
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
-        for _ in range(PROFILED):
+        for _ in range(steps):
             step()
         clock.wait()
     spans = list(_spans(profile))
-    return {name: value / PROFILED for name, value in shares(spans).items()}
+    return {name: value / steps for name, value in shares(spans).items()}
 
 
 def _spans(profile: torch.profiler.profile) -> Iterator[tuple[str, float, float]]:
@@ -418,6 +457,14 @@ def time_links(job: Job) -> list[Row]:
     return rows
 
 
+def state_of(case: dict) -> str:
+    """What is not as usual about the optimizer's state, in words."""
+    words = {"moments": {"bfloat16": "bfloat16 moments", "8bit": "8-bit moments"}}
+    words |= {"master_weights": {False: "no master weights"}, "offload": {True: "state on the host"}}
+    said = [found for name, kinds in words.items() if (found := kinds.get(case.get(name)))]
+    return "".join(f", {each}" for each in said)
+
+
 def describe(row: Row) -> str:
     """One line for the terminal."""
     if row.op == "link":
@@ -428,7 +475,7 @@ def describe(row: Row) -> str:
         return f"{'a rank ' + case['harm']:>15}: {took}" + (f": {row.error}" if row.error else "")
     what = f"{row.implementation:25} {case['gpus']} GPUs, {case['layers']} layers, {case['batch']} x {case['seqlen']}, "
     what += f"ZeRO-{case['zero']}, experts / {case['expert_parallel']}, rows / {case['sequence_parallel']}, "
-    what += f"checkpointing {case['checkpointing']}"
+    what += f"checkpointing {case['checkpointing']}{state_of(case)}"
     if row.error:
         return f"{what}: {row.error}"
     hidden = (

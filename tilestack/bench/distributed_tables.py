@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tilestack.bench.distributed import state_of
+
 
 def distributed_block(run: dict) -> str:
     """One machine: steps beside the rival, what the links carry, and how soon a broken job ends."""
@@ -53,7 +55,7 @@ def _split(case: dict) -> str:
     split = [f"ZeRO-{case['zero']}"] if case["gpus"] > 1 else ["one GPU"]
     split += [f"experts over {case['expert_parallel']}"] if case["expert_parallel"] > 1 else []
     split += [f"rows over {case['sequence_parallel']}"] if case["sequence_parallel"] > 1 else []
-    return ", ".join(split)
+    return ", ".join(split) + state_of(case)
 
 
 def _losses(steps: list[dict]) -> list[str]:
@@ -84,7 +86,11 @@ def _comparisons(steps: list[dict]) -> list[str]:
         rivals = [row for name, row in best.items() if name != "tilestack"]
         if "tilestack" in best and rivals:
             ours, theirs = best["tilestack"]["tokens_per_s"], rivals[0]["tokens_per_s"]
-            said.append(f"{layers} layers, the best of each: {ours / theirs:.2f} times {rivals[0]['implementation']}.")
+            state = state_of(best["tilestack"]["case"]).removeprefix(", ")
+            said.append(
+                f"{layers} layers, the best of each: {ours / theirs:.2f} times {rivals[0]['implementation']}"
+                + (f" (ours: {state})." if state else ".")
+            )
         alone = [row for row in steps if row["case"]["layers"] == layers and row["case"]["gpus"] == 1]
         same = [row for row in several if row["implementation"] == "tilestack" and alone and _like(row, alone[0])]
         if same:

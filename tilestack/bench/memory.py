@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from transformers import Qwen3MoeConfig
 
+from tilestack.bench.drawing import DrawnInPlace
 from tilestack.bench.results import FOLDER, Recorder, Row
 from tilestack.bench.step import qwen3_30b_a3b
 from tilestack.distributed.memory_model import Memory, Training, memory
@@ -62,22 +62,22 @@ FULL = (
     MemoryCase(48, gpus=4, zero=3, checkpointing="full", **NARROW),
     MemoryCase(48, gpus=4, expert_parallel=4, checkpointing="full", offload=True),
 )
-CASES = (
+CASES = (  # the first ones have least in common: a run may be stopped at a time limit
     *FULL,
-    MemoryCase(24, expert_parallel=2, checkpointing="full", **NARROW),  # for each GPU as 48 layers on four
-    MemoryCase(24, zero=3, checkpointing="full", **NARROW),
-    MemoryCase(8, sequence_parallel=2, micro_batch_tokens=32768, moments="bfloat16"),
     MemoryCase(6, offload=True, checkpointing="full", micro_batch_tokens=16384),
     MemoryCase(6, expert_parallel=2, accumulation=2, moments="bfloat16", micro_batch_tokens=8192),
     MemoryCase(4, zero=0),
     MemoryCase(6, zero=1, moments="bfloat16"),
-    MemoryCase(6, gpus=1, zero=None, checkpointing="full", micro_batch_tokens=32768, accumulation=2, **NARROW),
     MemoryCase(8, zero=3, sequence_parallel=2, checkpointing="selective", micro_batch_tokens=65536, seqlen=65536),
-    MemoryCase(8, expert_parallel=2),
-    MemoryCase(8, checkpointing="full", micro_batch_tokens=16384, moments="8bit"),
-    MemoryCase(6, micro_batch_tokens=8192),
+    MemoryCase(8, sequence_parallel=2, micro_batch_tokens=32768, moments="bfloat16"),
+    MemoryCase(6, gpus=1, zero=None, checkpointing="full", micro_batch_tokens=32768, accumulation=2, **NARROW),
+    MemoryCase(24, zero=3, checkpointing="full", **NARROW),  # for each GPU as 48 layers on four
+    MemoryCase(24, expert_parallel=2, checkpointing="full", **NARROW),
     MemoryCase(6, zero=3, micro_batch_tokens=8192),
     MemoryCase(8, zero=3, offload=True, checkpointing="full", activation_offload=True, micro_batch_tokens=16384),
+    MemoryCase(6, micro_batch_tokens=8192),
+    MemoryCase(8, checkpointing="full", micro_batch_tokens=16384, moments="8bit"),
+    MemoryCase(8, expert_parallel=2),
     MemoryCase(4, gpus=1, zero=None),
 )
 
@@ -168,23 +168,6 @@ class _Processes:
         return [json.loads((self.folder / f"{rank}.json").read_text()) for rank in range(self.case.gpus)]
 
 
-class _DrawnInPlace:
-    """Weights for a model without memory, so that no rank has what it does not keep: drawn where they lie.
-
-    `tilestack.models.drawn` gives the same numbers for every split, but has the host draw them: minutes for 30 billion.
-    """
-
-    def __init__(self, std: float):
-        self.std = std
-
-    def fill(self, name: str, start: int, target: torch.Tensor) -> None:
-        if "norm" in name:
-            target.fill_(1.0)
-            return
-        generator = torch.Generator(target.device).manual_seed(zlib.crc32(f"{name} {start}".encode()))
-        target.normal_(std=self.std, generator=generator)
-
-
 def measure(case: MemoryCase, config: Qwen3MoeConfig) -> dict[str, float]:
     """Bytes of this rank: resident between steps, the highest of each stage and of all, taken from the device by
     torch's allocator, and by others (CUDA, NCCL); and the median milliseconds of a step."""
@@ -200,7 +183,7 @@ def measure(case: MemoryCase, config: Qwen3MoeConfig) -> dict[str, float]:
     model = outline(config, torch.bfloat16)
     engine = make_engine(
         model, optimizer, distributed, case.accumulation, case.checkpointing, case.activation_offload,
-        _DrawnInPlace(config.initializer_range),
+        DrawnInPlace(config.initializer_range),
     )  # fmt: skip
     del model
     gc.collect()

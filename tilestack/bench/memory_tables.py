@@ -46,6 +46,7 @@ def _head(case: MemoryCase) -> str:
 def case_of_step(case: dict) -> MemoryCase:
     """What `tilestack bench distributed` timed, as a case: one process has no DeepSpeed."""
     same = ("layers", "gpus", "expert_parallel", "sequence_parallel", "seqlen", "checkpointing")
+    same += tuple(name for name in ("moments", "master_weights", "offload") if name in case)
     zero = case["zero"] if case["gpus"] > 1 else None
     return MemoryCase(
         zero=zero, micro_batch_tokens=case["batch"] * case["seqlen"], **{name: case[name] for name in same}

@@ -40,7 +40,7 @@ from tilestack.distributed.stages import stage
 from tilestack.distributed.world import World
 from tilestack.distributed.zero3_loading import materialise_parts
 from tilestack.distributed.zero_pieces import OptimizerState, update_weights_in_place
-from tilestack.distributed.zero_step import OnePassZeroOptimizer, bucket_elements, update_in_one_pass
+from tilestack.distributed.zero_step import OnePassZeroOptimizer, bucket_elements, unit, update_in_one_pass
 from tilestack.models import ZERO3_LEAF_CLASSES, Weights, materialise, restore_rotary_frequencies
 from tilestack.models.export import Part, write_model
 
@@ -116,10 +116,11 @@ class DeepSpeedEngine:
             materialise_parts(model, weights, settings, self.device)
         elif weights is not None:
             materialise(model, weights, self.device, self._begins())
-        if self.stage == 2:
-            settings["zero_optimization"].setdefault("reduce_bucket_size", bucket_elements(model))
         groups = parameter_groups(model, optimizer.weight_decay)
-        if self.stage == 2:
+        if self.stage == 2 and "optimizer" not in settings and not _offloads(settings):
+            groups = [part for group in groups for part in _units(model, group)]
+        elif self.stage == 2:
+            settings["zero_optimization"].setdefault("reduce_bucket_size", bucket_elements(model))
             groups = [part for group in groups for part in _divided(group, self._ranks_of(group))]
         client = None if "optimizer" in settings else _adamw(groups, optimizer, settings)
         with _quiet():
@@ -373,7 +374,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
 
 
 def _divided(group: dict, ranks: int) -> Iterator[dict]:
-    """The group in smaller ones, for ZeRO-2: of one shape each (see `group_sizes`), and one of what is left over."""
+    """The group in smaller ones, for DeepSpeed's ZeRO-2: of one shape each (see `group_sizes`), and one of the rest."""
     shapes = defaultdict(list)
     for parameter in group["params"]:
         shapes[parameter.shape].append(parameter)
@@ -387,8 +388,22 @@ def _divided(group: dict, ranks: int) -> Iterator[dict]:
         yield group | {"params": left}
 
 
+def _units(model: torch.nn.Module, group: dict) -> Iterator[dict]:
+    """The group in smaller ones, for our own ZeRO-2: see `unit`. Vectors, which are small, stay together."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    units = defaultdict(list)
+    for parameter in group["params"]:
+        units[unit(names[id(parameter)], parameter) if parameter.dim() > 1 else "vectors"].append(parameter)
+    for parameters in units.values():
+        yield group | {"params": parameters}
+
+
+def _offloads(settings: dict) -> bool:
+    return settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+
+
 def _adamw(groups: list[dict], optimizer: OptimizerConfig, settings: dict) -> torch.optim.Optimizer:
-    if settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") == "none":
+    if not _offloads(settings):
         if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # or DeepSpeed warns that it was not tested
             ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
         return AdamW(groups, optimizer)

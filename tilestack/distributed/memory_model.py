@@ -14,14 +14,13 @@ processes. `tilestack bench plan` measures the whole on GPUs, and docs/training.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from transformers import PretrainedConfig
 
-from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER, group_sizes
+from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER
 from tilestack.distributed.step_model import Layout, parameters, rows_of_a_token
 from tilestack.kernels.adamw.eight_bits import GROUP
 from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
@@ -29,7 +28,7 @@ from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
 GIB = 2**30
 BUCKET = 500_000_000  # what DeepSpeed reduces together unless told otherwise, as ZeRO-2 is: elements
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
-WHOLE = 100_000  # DeepSpeed's stage3_param_persistence_threshold: smaller ones are whole on every rank
+IN_FLIGHT = 3  # zero_step.IN_FLIGHT, which this module must not import: it needs DeepSpeed
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
 OUTSIDE = {1: 0.7 * GIB, 2: 2.1 * GIB}  # of CUDA and cuBLAS alone; with NCCL. torch's allocator does not see it
 SLACK = 0.05  # of what is allocated: blocks that the allocator holds and cannot use. Where there is room it keeps more
@@ -120,6 +119,7 @@ class Sizes:
         self.head = model.vocab_size * model.hidden_size
         self.layer = (self.here - 2 * self.head) / model.num_hidden_layers
         self.block = self.experts / model.num_hidden_layers
+        self.one_pass = training.deepspeed and training.zero == 2 and not training.offload  # zero_step.py
         self.sums_in_float32 = training.dtype == "float32" or self._sums_in_float32()
 
     def _sums_in_float32(self) -> bool:
@@ -143,12 +143,13 @@ class Sizes:
         """When the backward pass has come so far that so many layers are left; 0: all are there."""
         t = self.training
         size = 4 if self.sums_in_float32 else t.itemsize
+        none_yet = layers_left > self.model.num_hidden_layers
+        done = 0.0 if none_yet else self.here - self.layer * layers_left - self.head * (layers_left > 0)
         if t.deepspeed and t.zero >= 2:
             if t.offload and (t.zero == 3 or not self.sums_in_float32):
                 return 0.0  # they are on the host
-            return size * self.own
-        none_yet = layers_left > self.model.num_hidden_layers
-        done = 0.0 if none_yet else self.here - self.layer * layers_left - self.head * (layers_left > 0)
+            come_one_by_one = self.one_pass and t.accumulation == 1
+            return size * self.own * (done / self.here if come_one_by_one else 1.0)
         if self.keeps_sums():
             return 4 * self.here + t.itemsize * done
         if t.accumulation > 1 and self.sums_in_float32:
@@ -156,12 +157,12 @@ class Sizes:
         return size * done
 
     def buckets(self) -> float:
-        """Where gradients are collected to reduce them: ZeRO-2 has two, of which one travels, ZeRO-3 one for good.
+        """Where gradients are collected to reduce them: ZeRO-3 has one for good.
 
-        ZeRO-1 has one, in float32, where it has no sums of its own.
+        Offloaded, ZeRO-2 has two, of which one travels, and ZeRO-1 one, in float32.
         """
         t = self.training
-        if not t.deepspeed or t.zero == 0 or self.keeps_sums():
+        if not t.deepspeed or t.zero == 0 or self.keeps_sums() or self.one_pass:
             return 0.0
         sent = 4 if t.sequence_parallel > 1 else t.itemsize  # where rows are split DeepSpeed sends float32
         return self.bucket_elements() * {1: 4, 2: 2 * t.itemsize, 3: sent}[t.zero]
@@ -172,7 +173,7 @@ class Sizes:
         return t.deepspeed and t.zero == 1 and t.dtype == "bfloat16" and not t.offload
 
     def bucket_elements(self) -> float:
-        """ZeRO-2's are as large as the weights of one module: `zero_step.bucket_elements`."""
+        """ZeRO-2's, offloaded, are as large as the weights of one module: `zero_step.bucket_elements`."""
         return max(self.block, self.head) if self.training.zero == 2 else BUCKET
 
     def matrices(self) -> list[tuple[int, int]]:
@@ -183,7 +184,7 @@ class Sizes:
         return [(m.num_experts, hidden), (hidden, query), (key, hidden), (key, hidden), (query, hidden)]
 
     def sent_together(self) -> Iterator[tuple[float, float]]:
-        """ZeRO 2 and 3, backward: (elements of a bucket that is full, of the gradients that wait for room in it).
+        """Buckets of ZeRO 2 and 3, backward: (elements of a full one, of the gradients that wait for room in it).
 
         A bucket is full when the next gradient does not fit. Those of a layer's experts come together.
         """
@@ -197,8 +198,20 @@ class Sizes:
                 filled += each
         yield filled, 0.0
 
+    def in_flight(self, layer: int) -> float:
+        """Our ZeRO 2: what travels while a layer makes the gradients of its experts, `zero_step.IN_FLIGHT` units.
+
+        Those of experts that no other rank has do not travel.
+        """
+        t, others = self.training, float(sum(rows * width for rows, width in self.matrices()))
+        sent = 4 if t.sequence_parallel > 1 else t.itemsize
+        later = self.model.num_hidden_layers - layer
+        if t.expert_parallel < t.gpus:
+            return sent * (self.block + others if later else self.head) * (t.gpus > 1)
+        return sent * (others * min(later, IN_FLIGHT) + self.head * (later < IN_FLIGHT)) * (t.gpus > 1)
+
     def on_the_way(self) -> float:
-        """ZeRO 2 and 3: the copy of a bucket that is reduced, with the gradients that wait meanwhile."""
+        """With buckets: the copy of one that is reduced, with the gradients that wait meanwhile."""
         t = self.training
         narrow = t.dtype == "bfloat16"
 
@@ -294,7 +307,9 @@ class Sizes:
         if self.chunks() > 1:  # autograd holds the experts' gradients of one part until those of the next are added
             on_the_way += t.itemsize * self.block
         at_work = self.at_work()
-        if t.deepspeed and t.zero >= 2 and self.on_the_way() > on_the_way + at_work:
+        if self.one_pass:
+            on_the_way += self.in_flight(layer)
+        elif t.deepspeed and t.zero >= 2 and self.on_the_way() > on_the_way + at_work:
             on_the_way, at_work = self.on_the_way(), 0.0  # the experts have done their part when theirs are sent
         return {
             "gradients": self.gradients(layer - 1),
@@ -343,7 +358,7 @@ class Sizes:
     def copies(self) -> float:
         """What becomes of the gradients of a group while it is updated."""
         t = self.training
-        if not t.deepspeed or t.offload:
+        if not t.deepspeed or t.offload or self.one_pass:
             return 0.0
         if t.zero == 0:
             return 4.0 * self.here if t.dtype == "bfloat16" else 0.0
@@ -351,26 +366,5 @@ class Sizes:
             return 0.0
         if t.zero == 1:
             return t.itemsize * self.own
-        if t.zero == 2:
-            return t.itemsize * self.copied_together()
         largest = max(self.block * 2 / 3, self.head) / t.gpus
         return (4 if self.sums_in_float32 else t.itemsize) * min(self.own, UPDATED_TOGETHER + largest / 2)
-
-    def copied_together(self) -> float:
-        """ZeRO-2: elements of the largest group on this rank that is more than one weight, or was left over."""
-        t, layers = self.training, self.model.num_hidden_layers
-        shared = [(layers * alike, rows * width) for (rows, width), alike in Counter(self.matrices()).items()]
-        shared.append((2, self.head))
-        experts = [(layers, self.block * 2 / 3), (layers, self.block / 3)]
-        groups = [(shared + experts, t.gpus)]
-        if t.expert_parallel > 1:
-            groups = [(shared, t.gpus), (experts, t.gpus // t.expert_parallel)]
-        found = []
-        for weights, ranks in groups:
-            left = 0.0
-            for alike, numel in weights:
-                sizes = group_sizes(alike, int(numel), ranks)
-                left += (alike - sum(sizes)) * numel / ranks
-                found += [size // ranks * numel for size in sizes if size > ranks]
-            found.append(left)
-        return max(found)

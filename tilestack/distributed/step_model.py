@@ -77,7 +77,7 @@ class Layout:
     micro_batch_tokens: of one micro-batch, before sequence_parallel cuts it. seqlen: mean length of what attends
         together. accumulation: micro-batches a rank and step.
     update_bytes: what clipping and update move of memory for each parameter whose state this rank has (bf16 weights
-        with float32 master, moments and gradient: 4 for the norm, 28 for AdamW, 6 for the weights' copy).
+        and gradients with float32 master and moments: 2 for the norm, 28 for AdamW).
     offload: the optimizer's state is in the host's memory.
     """
 
@@ -90,7 +90,7 @@ class Layout:
     expert_chunks: int = 2
     sequence_parallel: int = 1
     checkpointing: Recomputation = "none"
-    update_bytes: float = 38.0
+    update_bytes: float = 30.0
     offload: bool = False
 
 
@@ -213,10 +213,10 @@ def _zero(
 ) -> tuple[float, float]:
     """(gradients, weights): milliseconds of a step that nothing hides.
 
-    DeepSpeed's way: stages 0 to 2 sum bf16 gradients on all ranks (twice the bytes of reducing and scattering them), 0
-    and 1 once a step after the last backward, 2 for every micro-batch beside the backward. Stage 1 gathers the weights
-    after the update, stage 2 beside it (zero_step.py). Stage 3 gathers in each pass, forward and backward, and reduces
-    and scatters every micro-batch. Where rows are split it sends gradients in float32.
+    Stages 0 and 1 sum bf16 gradients on all ranks, once a step after the last backward: twice the bytes of reducing and
+    scattering them, which stage 2 (zero_step.py; offloaded it sums them too) and 3 do beside every backward. Stage 1
+    gathers the weights after the update, stage 2 beside it, stage 3 in each pass, forward and backward. Where rows are
+    split gradients travel in float32.
     """
     others, experts = parameters(model)
     layers, n = model.num_hidden_layers, layout.accumulation
@@ -238,7 +238,8 @@ def _zero(
         hidden = machine.hidden_share * _update(model, layout, machine)
         # the first layer's and the embedding's gradients are there when the backward pass has ended
         last = (model.vocab_size * model.hidden_size + (others + experts) / (layers + 1)) / (others + experts)
-        reduced = max(summed * min(1.0, last), summed - machine.hidden_share * backward)
+        sent = summed if layout.offload else summed / 2
+        reduced = max(sent * min(1.0, last), sent - machine.hidden_share * backward)
         return n * reduced, max(0.0, once - hidden)
     gathered = sum(_ring(machine, size, ranks, apart, 2 * layers) for size, ranks, apart in shares)
     scattered = sum(_ring(machine, wide * size, ranks, apart, 2 * layers) for size, ranks, apart in shares)

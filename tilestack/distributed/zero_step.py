@@ -1,72 +1,124 @@
-"""The update of ZeRO 2 and 3 in one pass over what a rank keeps; under ZeRO 2 it hides the gathering of the weights.
+"""The gradients and the update of ZeRO 2, and the update of ZeRO 3, in one pass over what a rank keeps.
 
 DeepSpeed's own steps read a rank's gradients many times before AdamW does (searches for what is not finite, the norm in
 float64, a copy in float32, the clipping in place), wait for the device, copy the new weights, and ZeRO 2 gathers them
 when all are updated. Here `kernels.adamw` reads the gradient as it is, clips while it updates, writes the model's own
-weights, and leaves everything as it is where the norm is not finite. ZeRO 2 gathers each group while the next one is
-updated. Nothing waits for the device.
+weights, and leaves everything as it is where the norm is not finite. Nothing waits for the device.
+
+Under ZeRO 2 what belongs together (`unit`) is one of DeepSpeed's parameter groups; every rank has an equal part of it:
+
+    backward   the unit's gradients are there -> reduce-scatter -> this rank's part      while the backward pass goes on
+    update     this rank's part -> AdamW -> its weights -> all-gather                    while the next unit is updated
+
+A weight of experts is sent from where autograd made it. DeepSpeed would copy gradients into buckets, these once more,
+and sum whole buckets on all ranks: twice the bytes, of which a rank throws away what it does not keep.
 """
 
 from __future__ import annotations
 
+import re
+from collections import deque
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from tilestack.distributed.optimizer import AdamW
 
+IN_FLIGHT = 3  # units that travel at once, those of one layer: their gradients stay until they have arrived
+
 
 class OnePassZeroOptimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's ZeRO 2 with another `step`. Gradients are the sum over the ranks, not their mean."""
+    """DeepSpeed's ZeRO 2 with another reduction and another `step`. Gradients are the ranks' sum, not their mean."""
+
+    def take_over(self) -> None:
+        """Begin, after DeepSpeed has made the optimizer."""
+        self.gradient_average = False
+        self._missing = [len(group) for group in self.bit16_groups]  # gradients that the backward pass has not made yet
+        self._travelling: deque[tuple[int, dist.Work, torch.Tensor, torch.Tensor]] = deque()
+        self._parts: list[torch.Tensor | None] = [None] * len(self.bit16_groups)  # of gradients: what this rank keeps
+        for flat in self.single_partition_of_fp32_groups:  # in this order, which a state's seed comes from
+            self.optimizer.start(flat)
+        # the largest first: nothing hides the last one's way
+        self._order = sorted(range(len(self.bit16_groups)), key=lambda index: -self.partition_size[index])
+
+    def process_gradients(self, param: torch.nn.Parameter, i: int) -> None:
+        """DeepSpeed's hook: the gradient of a parameter of group i is there."""
+        self._missing[i] -= 1
+        if self._missing[i] == 0:
+            self._send(i)
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """After a backward pass. DeepSpeed waits for the device here, on the host; streams can wait for each other."""
-        overlaps = self.overlap_comm
-        if overlaps and self.bit16_groups_flat[0].is_cuda:
-            self.reduce_ipg_grads()
-            torch.cuda.current_stream().wait_stream(self.reduction_stream)
-            self._clear_previous_reduced_grads()
-            self.overlap_comm = False  # there is nothing left to reduce, and nothing to wait for
-        super().independent_gradient_partition_epilogue()
-        self.overlap_comm = overlaps
+        """After a backward pass."""
+        for index, missing in enumerate(self._missing):
+            if missing:  # parameters that the loss does not depend on
+                self._send(index)
+            self._missing[index] = len(self.bit16_groups[index])
+        self._receive(0)
+        self._epilogue_ran_this_backward = True
+
+    def _send(self, index: int) -> None:
+        """Begin to reduce and scatter the gradients of a group."""
+        parameters = self.round_robin_bit16_groups[index]
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in parameters]
+        for each in parameters:
+            each.grad = None
+        process_group = self.real_dp_process_group[index]
+        ranks = dist.get_world_size(process_group)
+        self._receive(IN_FLIGHT - 1)
+        aligned, padding = self.nccl_start_alignment_factor * ranks, self.round_robin_bit16_padding[index]
+        whole = self.flatten_dense_tensors_aligned(gradients, aligned, param_padding=padding)
+        if ranks == 1:  # of split experts that no other rank has
+            self._keep(index, whole)
+            return
+        if self.sequence_parallel_size > 1:  # DeepSpeed's rule for ranks that share rows
+            whole = whole.float()
+        elif self.communication_data_type != whole.dtype:
+            whole = whole.to(self.communication_data_type)
+        part = whole.new_empty(whole.numel() // ranks)
+        work = dist.reduce_scatter_tensor(part, whole, group=process_group, async_op=True)
+        self._travelling.append((index, work, part, whole))
+        if not self.overlap_comm:
+            self._receive(0)
+
+    def _receive(self, left: int) -> None:
+        """Take in what has arrived; wait (on the device's stream, not on the host) until no more are on their way."""
+        while len(self._travelling) > left:
+            index, work, part, _ = self._travelling.popleft()
+            work.wait()
+            self._keep(index, part)
+
+    def _keep(self, index: int, part: torch.Tensor) -> None:
+        """Add what a micro-batch gave to this rank's part of the gradients."""
+        if self._parts[index] is None:
+            self._parts[index] = part.to(self.gradient_accumulation_dtype)
+        else:
+            self._parts[index].add_(part)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update. `_global_grad_norm` is on the device; where it is not finite, no weight changes."""
-        self.micro_step_id = INITIAL_MICRO_STEP_ID
         self.overflow = False  # never known on the host
-        kept = [gradient for index in range(len(self.bit16_groups)) for gradient in self.averaged_gradients[index]]
-        kept = [gradient for gradient in kept if not getattr(gradient, "_zero_padding", False)]
-        self._global_grad_norm = global_norm(kept, self.dp_process_group, self.bit16_groups_flat[0].device)
+        self._global_grad_norm = global_norm(self._parts, self.dp_process_group, self.bit16_groups_flat[0].device)
         scale = scale_of_gradients(self._global_grad_norm, self.clip_grad)
-        gathering = [self._update(index, scale) for index in range(len(self.bit16_groups))]
+        gathering = [self._update(index, scale) for index in self._order]
         for work in gathering:
-            work.wait()  # on the device's stream, not on the host
+            if work is not None:
+                work.wait()
 
-    def _update(self, index: int, scale: torch.Tensor) -> dist.Work:
+    def _update(self, index: int, scale: torch.Tensor) -> dist.Work | None:
         """Update this rank's part of a group of parameters, and begin to gather the group's weights."""
         process_group = self.real_dp_process_group[index]
-        rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
-        weights = self.parallel_partitioned_bit16_groups[index][rank]
-        master = self.single_partition_of_fp32_groups[index]
-        gradient = self._get_preflattened_grad_partition(index)
-        if gradient is None and rank == ranks - 1:  # the last part is filled up
-            gradient = self.flatten_dense_tensors_aligned(self.averaged_gradients[index], self.partition_size[index])
-        elif gradient is None:
-            gradient = self.flatten(self.averaged_gradients[index])
-        self.optimizer.update(
-            self.optimizer.param_groups[index], master, gradient, weights=weights.detach(), grad_scale=scale
-        )
-        for parameters in (self.params_not_in_partition[index], self.params_in_partition[index]):
-            self.free_grad_in_param_list(parameters)
-        self._release_preflattened_grad_buffers(index)
-        self.averaged_gradients[index] = self.all_grad_tensors[index] = None
-        return dist.all_gather_into_tensor(
-            self.bit16_groups_flat[index].detach(), weights.detach(), group=process_group, async_op=True
-        )
+        weights = self.parallel_partitioned_bit16_groups[index][dist.get_rank(process_group)].detach()
+        gradient, self._parts[index] = self._parts[index], None
+        group, master = self.optimizer.param_groups[index], self.single_partition_of_fp32_groups[index]
+        self.optimizer.update(group, master, gradient, weights=weights, grad_scale=scale)
+        if dist.get_world_size(process_group) == 1:
+            return None
+        whole = self.bit16_groups_flat[index].detach()
+        return dist.all_gather_into_tensor(whole, weights, group=process_group, async_op=True)
 
 
 class OnePassZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
@@ -115,9 +167,9 @@ def update_in_one_pass(optimizer: Any) -> None:
     """
     if not isinstance(getattr(optimizer, "optimizer", None), AdamW):
         return
-    if type(optimizer) is DeepSpeedZeroOptimizer and not optimizer.cpu_offload:
+    if type(optimizer) is DeepSpeedZeroOptimizer and optimizer.partition_gradients and not optimizer.cpu_offload:
         optimizer.__class__ = OnePassZeroOptimizer
-        optimizer.gradient_average = False
+        optimizer.take_over()
     elif type(optimizer) is DeepSpeedZeroOptimizer_Stage3 and not optimizer.offload_optimizer:
         optimizer.__class__ = OnePassZero3Optimizer
 
@@ -130,3 +182,12 @@ def bucket_elements(model: torch.nn.Module) -> int:
     leave more to send after the backward pass.
     """
     return max(sum(each.numel() for each in module.parameters(recurse=False)) for module in model.modules())
+
+
+def unit(name: str, parameter: torch.nn.Parameter) -> str:
+    """Which parameters ZeRO 2 reduces, updates and gathers together: those with the same answer.
+
+    The weights of a layer's experts, and those outside of the layers, each by itself; what else a layer has together.
+    """
+    layer = re.match(r".*?\.\d+(?=\.)", name)
+    return name if layer is None or parameter.dim() > 2 else layer[0]

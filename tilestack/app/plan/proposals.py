@@ -74,7 +74,7 @@ class Plan:
 
 def plan(shape: PretrainedConfig, training: Training, gpu_bytes: float) -> Plan:
     """What a training of a model takes."""
-    training = dataclasses.replace(training, update_bytes=_update_bytes(training))
+    training = dataclasses.replace(training, update_bytes=update_bytes(training))
     time = step_time(shape, training)
     return Plan(
         training, memory(shape, training), time, tokens_per_second(training, time), tflops(shape, training, time),
@@ -149,9 +149,11 @@ def _trainings(shape: PretrainedConfig, gpus: int, seqlen: int, tokens: int) -> 
             )  # fmt: skip
 
 
-def _update_bytes(t: Training) -> float:
+def update_bytes(t: Training) -> float:
     """Of memory for a parameter that a rank updates: the norm, AdamW, and the weights' copy from the master."""
-    gradient = 4.0 if t.deepspeed and t.has_master else float(t.itemsize)
+    one_pass = not t.deepspeed or (t.zero >= 2 and not t.offload)  # DeepSpeed's own steps widen gradients, copy weights
+    wide = t.has_master and (not one_pass or t.accumulation > 1)
+    gradient = 4.0 if wide else float(t.itemsize)
     weights = 8.0 if t.has_master else 2.0 * t.itemsize
-    copied = (6.0 if t.deepspeed else 2.0) if t.has_master else 0.0
+    copied = (2.0 if one_pass else 6.0) if t.has_master else 0.0
     return 2 * gradient + weights + 2 * MOMENT_BYTES[t.moments] + copied
