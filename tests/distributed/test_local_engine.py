@@ -297,6 +297,12 @@ class TestLoadingADamagedCheckpoint:
         with pytest.raises(CheckpointError, match=r"holds no engine\.json"):
             local_engine(tiny_model()).load(folder)
 
+    @pytest.mark.parametrize("content", ["{", "[]", '{"format": "pieces-1", "dtype": "torch.float32"}'])
+    def test_a_broken_engine_json_is_named(self, content, folder):
+        (folder / "engine.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"engine\.json is broken: "):
+            local_engine(tiny_model()).load(folder)
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_whole_step_with_clipping_and_update_reads_nothing_from_the_device(dtype, monkeypatch):

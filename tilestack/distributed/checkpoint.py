@@ -99,6 +99,8 @@ def read_state(folder: Path, dtype: torch.dtype) -> int:
         raise CheckpointError(f"{folder} holds no engine.json: it is not a complete checkpoint") from None
     except ValueError as error:
         raise CheckpointError(f"{path} is broken: {error}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("updates"), int):
+        raise CheckpointError(f"{path} is broken: it must be an object that has the number of updates")
     for key, value in {"format": FORMAT, "dtype": str(dtype)}.items():
         if state.get(key) != value:
             raise CheckpointError(f"{folder} was saved with {key}={state.get(key)!r}, this run has {key}={value!r}")
