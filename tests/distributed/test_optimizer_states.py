@@ -10,6 +10,7 @@ from distributed import states_worker as worker
 from distributed.launching import TORCHRUN, launch, once, shared_folder
 from distributed.tiny import global_step, tiny_config, tiny_model
 from tilestack.distributed import DistributedConfig, OptimizerConfig, SettingsError, make_engine
+from tilestack.distributed.deepspeed_engine import _units, parameter_groups
 from tilestack.distributed.memory_model import Sizes, Training, memory
 from tilestack.kernels.adamw.eight_bits import scales_of
 
@@ -119,6 +120,19 @@ def test_the_plan_knows_the_buckets_and_which_gradients_fill_them_or_travel(run)
             assert max(found["reduced"]) <= sizes.on_the_way()
         elif training.zero < 2:
             assert max(found["filled"]) == pytest.approx(sizes.reduced_together(), **TINY)
+
+
+def test_zero_2_reduces_a_layers_matrices_together_and_weights_of_experts_or_outside_of_layers_each_by_itself():
+    model = tiny_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices, vectors = (list(_units(model, group)) for group in parameter_groups(model, 0.1))
+    together = {tuple(names[id(each)] for each in group["params"]) for group in matrices}
+    layer = "model.layers.1"
+    attention = [f"{layer}.self_attn.{each}_proj.weight" for each in "qkvo"]
+    assert (*attention, f"{layer}.mlp.gate.weight") in together
+    alone = ("lm_head.weight", "model.embed_tokens.weight", f"{layer}.mlp.experts.down_proj")
+    assert {(name,) for name in alone} < together and len(together) == 2 + 2 * 3
+    assert [len(group["params"]) for group in vectors] == [sum(each.dim() == 1 for each in model.parameters())]
 
 
 def test_the_plan_knows_which_gradients_are_copied_for_the_update(run):

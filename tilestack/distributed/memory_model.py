@@ -20,7 +20,7 @@ from typing import Literal
 
 from transformers import PretrainedConfig
 
-from tilestack.distributed.deepspeed_settings import UPDATED_TOGETHER
+from tilestack.distributed.deepspeed_settings import IN_FLIGHT, UPDATED_TOGETHER
 from tilestack.distributed.step_model import Layout, parameters, rows_of_a_token
 from tilestack.kernels.adamw.eight_bits import GROUP
 from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
@@ -28,7 +28,6 @@ from tilestack.kernels.linear_cross_entropy.configs import MAX_LOGITS_BYTES
 GIB = 2**30
 BUCKET = 500_000_000  # what DeepSpeed reduces together unless told otherwise, as ZeRO-2 is: elements
 LIVE = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters: elements
-IN_FLIGHT = 3  # zero_step.IN_FLIGHT, which this module must not import: it needs DeepSpeed
 MOMENT_BYTES = {"float32": 8.0, "bfloat16": 4.0, "8bit": 2.0 + 2 * 4 / GROUP}
 OUTSIDE = {1: 0.7 * GIB, 2: 2.1 * GIB}  # of CUDA and cuBLAS alone; with NCCL. torch's allocator does not see it
 SLACK = 0.05  # of what is allocated: blocks that the allocator holds and cannot use. Where there is room it keeps more
@@ -199,7 +198,7 @@ class Sizes:
         yield filled, 0.0
 
     def in_flight(self, layer: int) -> float:
-        """Our ZeRO 2: what travels while a layer makes the gradients of its experts, `zero_step.IN_FLIGHT` units.
+        """Our ZeRO 2: what travels while a layer makes the gradients of its experts, IN_FLIGHT units.
 
         Those of experts that no other rank has do not travel.
         """

@@ -25,9 +25,8 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from tilestack.distributed.deepspeed_settings import IN_FLIGHT
 from tilestack.distributed.optimizer import AdamW
-
-IN_FLIGHT = 3  # units that travel at once, those of one layer: their gradients stay until they have arrived
 
 
 class OnePassZeroOptimizer(DeepSpeedZeroOptimizer):
@@ -80,8 +79,6 @@ class OnePassZeroOptimizer(DeepSpeedZeroOptimizer):
         part = whole.new_empty(whole.numel() // ranks)
         work = dist.reduce_scatter_tensor(part, whole, group=process_group, async_op=True)
         self._travelling.append((index, work, part, whole))
-        if not self.overlap_comm:
-            self._receive(0)
 
     def _receive(self, left: int) -> None:
         """Take in what has arrived; wait (on the device's stream, not on the host) until no more are on their way."""
