@@ -28,7 +28,7 @@ OLD_NAMES = {
     ("zero_optimization", "cpu_offload_use_pin_memory"): '"pin_memory" in "offload_optimizer"',
     ("zero_optimization", "stage3_gather_fp16_weights_on_model_save"): '"gather_16bit_weights_on_model_save"',
 }
-# what our ZeRO-2 reduces at once, in units (zero_step.py): those of one layer, whose gradients stay until they have arrived
+# units (zero_step.py) that our ZeRO-2 reduces at once: those of one layer, whose gradients stay until they have arrived
 IN_FLIGHT = 3
 UPDATED_TOGETHER = 1 << 28  # parameters, whose gradients DeepSpeed copies while it updates them
 
