@@ -105,7 +105,7 @@ def jobs_of(gpus: int, layers: int, large: int, repeats: int) -> list[Job]:
     comes late, when the processes of jobs before are gone.
     """
     small, big, deep = (Case(layers=each, gpus=gpus) for each in (layers, large, 12))
-    rows = replace(deep, batch=1, zero=3, sequence_parallel=gpus, checkpointing="selective", moments="8bit")
+    rows = replace(deep, batch=1, sequence_parallel=gpus, checkpointing="selective", moments="8bit")
     # each GPU has as much as one of four that train all 48 layers
     quarter = Case(
         12 * gpus, gpus=gpus, expert_parallel=gpus, checkpointing="full", moments="8bit", master_weights=False
@@ -128,6 +128,9 @@ def jobs_of(gpus: int, layers: int, large: int, repeats: int) -> list[Job]:
         ("tilestack", quarter),
         ("tilestack", replace(rows, seqlen=131072)),
         ("tilestack", replace(deep, expert_parallel=gpus, checkpointing="selective")),
+        ("tilestack", deep),
+        (RIVAL, deep),
+        (RIVAL, replace(deep, checkpointing="full")),
         (RIVAL, replace(deep, zero=3, batch=1, checkpointing="full")),
         ("tilestack", replace(small, zero=3)),
         ("tilestack", replace(rows, seqlen=65536)),
