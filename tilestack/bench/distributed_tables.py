@@ -12,8 +12,8 @@ def distributed_block(run: dict) -> str:
     torch, transformers, deepspeed = (versions.get(name) for name in ("torch", "transformers", "deepspeed"))
     lines = [
         f"{_gpus(run)} x {run['device']}, torch {torch}, transformers {transformers}, DeepSpeed {deepspeed}, "
-        f"{run['date'][:10]}. Milliseconds are of whole steps, with the optimizer; rates and peak memory are a GPU's; "
-        "exposed: collectives that nothing hides; idle: nothing runs.",
+        f"{run['date'][:10]}{_noted(run)}. Milliseconds are of whole steps, with the optimizer; rates and peak memory "
+        "are a GPU's; exposed: collectives that nothing hides; idle: nothing runs.",
         "",
         "| layers | a GPU | split | recomputed | implementation | ms | tokens/s | TFLOP/s | GiB | exposed | idle ms |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -32,6 +32,10 @@ def distributed_block(run: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _noted(run: dict) -> str:
+    return f" ({run['note']})" if "note" in run else ""
+
+
 def _gpus(run: dict) -> int:
     return max(row["case"].get("gpus", 1) for row in run["rows"])
 
@@ -43,7 +47,7 @@ def _mib(link: dict) -> int:
 def _step(row: dict) -> str:
     case = row["case"]
     tokens = f"{case['batch']} x {case['seqlen']:,}"
-    head = f"| {case['layers']} | {tokens} | {_split(case)} | {case['checkpointing']} | {row['implementation']} |"
+    head = f"| {case['layers']} | {tokens} | {split_of(case)} | {case['checkpointing']} | {row['implementation']} |"
     if row["error"]:
         return f"{head} {' '.join(row['error'].split()).replace('|', '/')[:80]} | | | | | |"
     times = " | ".join("" if row[name] is None else f"{row[name]:.1f}" for name in ("exposed_ms", "idle_ms"))
@@ -51,7 +55,8 @@ def _step(row: dict) -> str:
     return f"{head} {rates} | {times} |"
 
 
-def _split(case: dict) -> str:
+def split_of(case: dict) -> str:
+    """How GPUs share a step, and what is not as usual about the optimizer's state."""
     split = [f"ZeRO-{case['zero']}"] if case["gpus"] > 1 else ["one GPU"]
     split += [f"experts over {case['expert_parallel']}"] if case["expert_parallel"] > 1 else []
     split += [f"rows over {case['sequence_parallel']}"] if case["sequence_parallel"] > 1 else []
@@ -68,7 +73,7 @@ def _losses(steps: list[dict]) -> list[str]:
     for (layers, batch, seqlen, _), rows in found.items():
         if len(rows) > 1:
             lines += ["", f"Losses of the first steps, {layers} layers, {batch} x {seqlen:,} a GPU, the same text:", ""]
-            lines += [f"- {row['implementation']}, {_split(row['case'])}: {_numbers(row['losses'])}" for row in rows]
+            lines += [f"- {row['implementation']}, {split_of(row['case'])}: {_numbers(row['losses'])}" for row in rows]
     return lines
 
 

@@ -7,6 +7,10 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from tilestack.app.plan.proposals import update_bytes
+from tilestack.bench.distributed_tables import split_of
+from tilestack.bench.memory import training_of
+from tilestack.bench.memory_tables import case_of_step
 from tilestack.bench.results import FOLDER, read
 from tilestack.bench.step import qwen3_30b_a3b
 from tilestack.distributed.step_model import H100, Layout, Machine, interpolated, step_time, tflops
@@ -102,24 +106,27 @@ def table(machine: Machine) -> str:
 
 
 def against_measured(machine: Machine, folder: Path = FOLDER) -> list[str]:
-    """What the model says of the steps that two GPUs ran, beside what they took."""
-    path = folder / "distributed" / "2xH100.json"
+    """What the model says of the steps that several GPUs ran, at their own rate of copies, beside what they took."""
     lines = []
-    for row in read(path)["rows"] if path.exists() else []:
-        if row["op"] != "step" or row["implementation"] != "tilestack" or row["error"]:
-            continue
-        case = row["case"]
-        names = ("gpus", "seqlen", "zero", "expert_parallel", "sequence_parallel", "checkpointing")
-        layout = Layout(micro_batch_tokens=case["batch"] * case["seqlen"], **{name: case[name] for name in names})
-        said = step_time(qwen3_30b_a3b(case["layers"]), layout, machine)
-        what = f"{case['layers']} layers, {case['batch']} x {case['seqlen']:,}, " + (
-            "one GPU" if case["gpus"] == 1 else f"{case['gpus']} GPUs, ZeRO-{case['zero']}"
-        )
-        lines.append(
-            f"- {what}: {said.total:.0f} ms by the model, {said.communication:.0f} of them communication that nothing "
-            f"hides; {row['ms_median']:.0f} and {row['exposed_ms']:.0f} ms measured."
-        )
+    for run in map(read, sorted((folder / "distributed").glob("*.json"))):
+        own = dataclasses.replace(machine, copy=run["ceilings"]["copy_gbps"])
+        steps = [row for row in run["rows"] if row["op"] == "step" and not row["error"]]
+        lines += [_beside(row, own, run["device"]) for row in steps if row["implementation"] == "tilestack"]
     return ["", "The model beside what was measured:", "", *lines] if lines else []
+
+
+def _beside(row: dict, machine: Machine, device: str) -> str:
+    case = row["case"]
+    training = training_of(case_of_step(case))
+    layout = dataclasses.replace(training, update_bytes=update_bytes(training))
+    said = step_time(qwen3_30b_a3b(case["layers"]), layout, machine)
+    what = f"{case['layers']} layers, {case['batch']} x {case['seqlen']:,}, "
+    what += f"one {device}" if case["gpus"] == 1 else f"{case['gpus']} x {device}, {split_of(case)}"
+    what += "" if case["checkpointing"] == "none" else f", {case['checkpointing']} checkpointing"
+    return (
+        f"- {what}: {said.total:.0f} ms by the model, {said.communication:.0f} of them communication that nothing "
+        f"hides; {row['ms_median']:.0f} and {row['exposed_ms']:.0f} ms measured."
+    )
 
 
 def _cell(layout: Layout, machine: Machine) -> str:
@@ -136,7 +143,7 @@ def measured(folder: Path = FOLDER) -> Machine:
         attention=_attention(attention["rows"]),
         experts=_experts(moe["rows"]),
         copy=attention["ceilings"]["copy_gbps"],
-        node_link=_link(folder / "distributed" / "2xH100.json"),
+        node_link=_link(folder / "distributed"),
         **_of_the_trace(read(folder / "trace" / "1xH100.json")),
     )
 
@@ -166,10 +173,10 @@ def _experts(rows: list[dict]) -> dict[int, tuple[float, float]]:
     return {count: (each["forward"], each["both"]) for count, each in found.items() if {"forward", "both"} <= {*each}}
 
 
-def _link(path: Path) -> float:
+def _link(folder: Path) -> float:
     """What a GPU receives from another in a collective: the mean over its kinds; the rounded one without a file."""
-    found = [row["gbps"] for row in read(path)["rows"] if row["op"] == "link"] if path.exists() else []
-    return statistics.mean(found) if found else H100.node_link
+    rows = [row for path in sorted(folder.glob("*.json")) for row in read(path)["rows"] if row["op"] == "link"]
+    return statistics.mean(row["gbps"] for row in rows) if rows else H100.node_link
 
 
 def _of_the_trace(run: dict) -> dict[str, float]:
