@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import json
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class Compiled(CompiledKernel):
 
 def described(value):
     if isinstance(value, TensorDescriptor):
-        return described(value.base), value.block_shape
+        return value.base.dtype, value.shape, value.strides, value.block_shape
     return (value.dtype, value.shape, value.stride()) if torch.is_tensor(value) else value
 
 
@@ -188,17 +189,43 @@ def plainly(kernel, grid, *args, **options):
     kernel[grid](*args, **options)
 
 
+def prepared_plainly(prepared, kernel, *tensors):
+    plainly(kernel, prepared.grid, *tensors, *prepared.numbers, **prepared.options)
+
+
 def launched_otherwise(every):
     """Ops whose launches are not what Triton's own are, the first time or the second."""
     wrong = set()
     with mock.patch.object(offline, "_recording", lambda case: contextlib.nullcontext([])):
         for op, call in every:
             first, second = launches_of(call), launches_of(call)
-            with mock.patch.object(launch, "run", plainly):
+            every_run = mock.patch.object(launch, "run", plainly)
+            with every_run, mock.patch.object(launch.Prepared, "run", prepared_plainly):
                 of_triton = launches_of(call)
             if not first == second == of_triton:
                 wrong.add(op)
     return sorted(wrong)
+
+
+def prepared_launches():
+    """Launches of one Prepared with tensors of all kinds and two kernels, in two rounds; and those of Triton."""
+    whole = torch.zeros(64)
+    tensors = [whole, whole[1:], torch.nn.Parameter(whole), whole.half(), whole[4:], whole[2:]]
+    prepared = launch.Prepared((3, 2), 5, 16, 1.5, CONSTANT=7, num_warps=4)
+    calls = [(kernel, first, second) for kernel in (mixed, mixed_too) for first in tensors for second in (whole, None)]
+    with offline._pretending("sm_90"):
+        found = [launches_of(lambda call=call: prepared.run(*call)) for _ in range(2) for call in calls]
+        return [found, [launches_of(lambda call=call: prepared_plainly(prepared, *call)) for call in calls] * 2]
+
+
+@triton.jit
+def mixed(first, second, number, large, ratio, CONSTANT: tl.constexpr):
+    pass
+
+
+@triton.jit
+def mixed_too(first, second, number, large, ratio, CONSTANT: tl.constexpr):
+    pass
 
 
 # --- what fails ---
@@ -269,6 +296,7 @@ def main():
         "unnoticed": unnoticed(),
         "past launch.run": past,
         "launched otherwise": launched_otherwise(every),
+        "prepared": operator.eq(*prepared_launches()),
     }
     sources = [(name, source) for name, source, _ in COMPILED]
     found |= {

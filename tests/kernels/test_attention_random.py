@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tilestack.testing import random_attention
 from tilestack.testing.compare import errors
@@ -30,6 +31,22 @@ def test_a_wrong_implementation_is_found_and_its_seed_named(monkeypatch):
     monkeypatch.setattr(random_attention, "evaluate", off_by_a_little)
     report = random_attention.run([5], torch.device("cpu"), 24, ("tilestack-triton",))
     assert report.failures and "seed 5" in report.failures[0] and "out" in report.failures[0]
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails an operator whose tensors are on several devices, which a GPU may refuse."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert len({each.device for each in args if isinstance(each, torch.Tensor)}) <= 1, func
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 4), (2, 3, 4)])
+def test_errors_of_a_tensor_and_of_an_empty_one_are_scaled_on_the_device_they_are_on(shape):
+    eager, exact = (torch.empty(shape, device="meta", dtype=dtype) for dtype in (torch.bfloat16, torch.float64))
+    with OneDevice():
+        scaled = random_attention._scaled(eager, eager, exact)
+    assert [(each.shape, each.dtype) for each in scaled] == [(shape, each.dtype) for each in (eager, eager, exact)]
 
 
 @pytest.mark.parametrize("seed", [0, 7])

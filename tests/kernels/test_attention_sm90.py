@@ -6,6 +6,7 @@ import torch
 from tilestack.kernels.attention import reference, sm90_backward, sm90_forward, sm90_schedule
 from tilestack.kernels.attention.layout import rows_by_heads
 from tilestack.kernels.attention.op import AttentionParams
+from tilestack.kernels.attention.sm90_tiles import RowTiles
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
@@ -76,6 +77,19 @@ def test_rows_that_lie_over_one_another_are_copied_for_tma_and_others_are_not(sh
     found = rows_by_heads(of_a_sum)
     assert found.stride(0) == 2 * 64
     assert torch.equal(found.view(shape), of_a_sum)
+
+
+def test_rows_that_begin_at_no_multiple_of_16_bytes_are_copied_for_tma_and_so_are_those_of_kept_descriptors():
+    whole = torch.arange(8 * 2 * 64 + 1, dtype=torch.bfloat16)
+    odd = whole[1:].view(8, 2, 64)
+    tiles = RowTiles(odd.shape, odd.dtype, 4, 64, 0)
+    for found in (rows_by_heads(odd), tiles.of(odd)[0].base):
+        assert found.data_ptr() % 16 == 0 and torch.equal(found.view(8, 2, 64), odd)
+    slices = torch.randn(8, 6, 64).bfloat16()[:, 2:4]  # of one product for q, k and v
+    for tensor in (odd.clone(), slices):
+        descriptor, rest = tiles.of(tensor)
+        assert rest is None and descriptor.base.data_ptr() == tensor.data_ptr()
+        assert descriptor.strides == [tensor.stride(0), 1] and descriptor.shape == [8, 128]
 
 
 @pytest.mark.parametrize("section", [(1, 4), (2, 2), (1, 1)], ids=str)

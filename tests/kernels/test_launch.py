@@ -39,6 +39,7 @@ def check(cases_of_each):
     assert found["past launch.run"] == []
     assert found["confused"] == [], "launches of one key that Triton compiles different kernels for"
     assert found["launched otherwise"] == []
+    assert found["prepared"]
     assert found["compiled twice"] == []
     assert set(found["side by side"]) >= TOGETHER
     return found

@@ -165,7 +165,7 @@ def wrong(**changes):
         (wrong(weight_gradient_sum=torch.zeros(50, 8)), r"weight_gradient_sum must be \[50, 16\].*got \[50, 8\]"),
         (wrong(weight_gradient_sum=torch.zeros(50, 16).half()), "weight_gradient_sum must be torch.float32"),
         (
-            wrong(hidden=torch.zeros(7, 16), weight_gradient_sum=torch.zeros(50, 16)),
+            wrong(hidden=example(grad=False)[0], weight_gradient_sum=torch.zeros(50, 16, device=DEVICE)),
             "weight_gradient_sum is written in backward, which needs hidden to require a gradient",
         ),
         (wrong(label_smoothing=1.5), r"label_smoothing must be in \[0, 1\], got 1.5"),

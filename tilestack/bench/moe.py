@@ -9,6 +9,7 @@ First calls come first. Then every kernel is compiled, and the shapes follow, th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -55,13 +56,13 @@ class MoeCase:
 class Job:
     """kind: "speed", "first" (the first call of a process) or "compile" (a call of everything, untimed).
 
-    candidate: of SonicMoE's, the one to compile.
+    piece: of SonicMoE's, the one to compile (`moe_sonic.PIECES`).
     """
 
     case: MoeCase
     implementation: str
     kind: str = "speed"
-    candidate: int | None = None
+    piece: tuple[int, int] | None = None
 
 
 def flops(case: dict, direction: str) -> float:
@@ -126,13 +127,13 @@ def make(case: MoeCase, device: str, seed: int = 0) -> Problem:
     return Problem(x, dout, gate, gate_up, down, case.top_k)
 
 
-def block(problem: Problem, implementation: str, candidate: int | None = None) -> Callable[[], torch.Tensor]:
+def block(problem: Problem, implementation: str) -> Callable[[], torch.Tensor]:
     """The block as a function without arguments: [T, H]."""
     if implementation == "transformers":
         module = transformers_block(problem)
         return lambda: module(problem.x[None])[0]
     if implementation == "sonic-moe":
-        return moe_sonic.block(problem, candidate)
+        return moe_sonic.block(problem)
     return lambda: _tilestack(problem, implementation)
 
 
@@ -208,8 +209,13 @@ def _speed(job: Job) -> list[Row]:
 
 def _compile(job: Job) -> list[Row]:
     problem = make(job.case, "cuda")
-    for direction in _directions(problem, block(problem, job.implementation, job.candidate)):
-        direction()
+    if job.piece is None:
+        call, limited = block(problem, job.implementation), contextlib.nullcontext()
+    else:
+        call, limited = moe_sonic.block(problem, job.piece[0]), moe_sonic.one_product(job.piece)
+    with limited:
+        for direction in _directions(problem, call):
+            direction()
     torch.cuda.synchronize()
     return []
 
@@ -286,18 +292,16 @@ def first_calls(names: list[str]) -> Iterator[Row]:
 
 
 def compile_ahead(chosen: list[MoeCase], names: list[str], patience: float) -> None:
-    """Fill the caches on the disk, with a process for each name (SonicMoE: for each candidate).
+    """Fill the caches on the disk, with a process for each name (SonicMoE: for each product of each candidate, with few
+    tokens and experts, which change nothing that is compiled).
 
     What fails here fails again where it is timed, and is a row there.
     """
     started = time.perf_counter()
     counts = sorted({case.tokens for case in chosen})
-    candidates = [
-        (name, each)
-        for name in names
-        for each in (range(len(moe_sonic.CANDIDATES)) if name == "sonic-moe" else (None,))
-    ]
-    jobs = [[Job(MoeCase(tokens), name, "compile", each) for tokens in counts] for name, each in candidates]
+    jobs = [[Job(MoeCase(tokens), name, "compile") for tokens in counts] for name in names if name != "sonic-moe"]
+    if "sonic-moe" in names:
+        jobs += [[Job(MoeCase(256, experts=16), "sonic-moe", "compile", each)] for each in moe_sonic.PIECES]
     for _ in side_by_side(jobs, work, patience):
         pass
     print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)

@@ -348,5 +348,5 @@ def block(run: dict, op: str | None = None) -> str:
     for row in rows:
         of = " ".join(filter(None, ("" if op else row["op"], row["implementation"]))) or "all"
         lines.append(f"| {row['what']} | {of} | {words(row)} | {row['commit'][:7]}, {row['date'][:10]} |")
-    failed = [f"- {' '.join(each.split())[:300]}" for row in rows for each in row["failures"]]
+    failed = dict.fromkeys(f"- {' '.join(each.split())[:300]}" for row in rows for each in row["failures"])
     return "\n".join([*lines, *(["", "What failed:", "", *failed] if failed else [])]) + "\n"

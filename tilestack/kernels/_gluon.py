@@ -284,19 +284,30 @@ _THREAD = threading.local()
 
 
 def tensor_descriptor(tensor, block: list[int], width: int = 128) -> TensorDescriptor:
-    """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes.
+    """A TMA descriptor of the tensor in tiles of `block`; its last stride is 1, the others multiples of 16 bytes."""
+    return Tiles(tensor.shape, tensor.stride(), tensor.dtype, block, width).of(tensor)
 
-    `kind`, which Triton's own have not, is what a kernel that takes the descriptor is compiled for.
+
+class Tiles:
+    """How TMA cuts tensors of a shape, strides and dtype into tiles: what their descriptors have in common.
+
+    `kind`, which Triton's own have not, is what a kernel that takes a descriptor is compiled for.
     """
-    if not hasattr(_THREAD, "has_context") and tensor.device.type == "cuda":
-        # The driver encodes a descriptor in the thread's context, which a thread that has launched nothing yet lacks
-        # (autograd has such). Any call of the runtime gives it one; this one may stand in a graph's capture.
-        torch.cuda.mem_get_info(tensor.device)
-        _THREAD.has_context = True
-    layout = swizzled(8 * tensor.element_size(), len(block), width)
-    described = object.__new__(TensorDescriptor)  # its own checks take longer than the driver, which checks again
-    described.__dict__ = {  # what else it has is the class's
-        "base": tensor, "shape": list(tensor.shape), "strides": list(tensor.stride()),
-        "block_shape": block, "layout": layout, "kind": (tensor.dtype, width, *block),
-    }  # fmt: skip
-    return described
+
+    def __init__(self, shape, strides, dtype: torch.dtype, block: list[int], width: int = 128):
+        layout = swizzled(8 * dtype.itemsize, len(block), width)
+        self._common = {
+            "shape": list(shape), "strides": list(strides), "block_shape": block, "layout": layout,
+            "kind": (dtype, width, *block),
+        }  # fmt: skip
+
+    def of(self, tensor: torch.Tensor) -> TensorDescriptor:
+        """The descriptor of what begins where the tensor begins."""
+        if not hasattr(_THREAD, "has_context") and tensor.device.type == "cuda":
+            # The driver encodes a descriptor in the thread's context, which a thread that has launched nothing yet
+            # lacks (autograd has such). Any call of the runtime gives it one; this may stand in a graph's capture.
+            torch.cuda.mem_get_info(tensor.device)
+            _THREAD.has_context = True
+        described = object.__new__(TensorDescriptor)  # its own checks take longer than the driver, which checks again
+        described.__dict__ = {"base": tensor, **self._common}  # what else it has is the class's
+        return described

@@ -109,6 +109,34 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
             _COMPILED[key] = compiled, tuple([options[name] for name in kernel.arg_names[len(args) :]])
 
 
+class Prepared:
+    """Launches on one device that differ in their tensors alone: grid, numbers and constants are looked at once.
+
+    The tensors are the kernel's first arguments, the numbers follow.
+    """
+
+    def __init__(self, grid: tuple[int, ...], *numbers: Any, **options: Any):
+        self.grid, self.numbers, self.options = grid, numbers, options
+        self._found: dict[tuple, tuple] = {}
+
+    def run(self, kernel: Any, *tensors: Any) -> None:
+        """launch.run(kernel, grid, *tensors, *numbers, **options)."""
+        try:
+            kinds = tuple([_KINDS[type(each)](each) for each in tensors])
+        except KeyError:  # a tensor of another class
+            kinds = None
+        found = self._found.get(kinds)
+        if found is not None and found[0] is kernel and not _HERE.waiting:
+            _, compiled, rest = found
+            compiled[(*self.grid, 1, 1)[:3]](*tensors, *rest)
+            return
+        args = (*tensors, *self.numbers)
+        run(kernel, self.grid, *args, **self.options)
+        found = _COMPILED.get(_key(kernel, args, self.options))
+        if kinds is not None and found is not None:
+            self._found[kinds] = kernel, found[0], (*self.numbers, *found[1])
+
+
 def _key(kernel: Any, args: tuple, options: dict[str, Any]) -> tuple | None:
     """All that decides which compiled kernel a launch is, None where that is not known."""
     if _IS_AMD or not isinstance(kernel, JITFunction):  # in the interpreter it is none

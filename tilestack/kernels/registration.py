@@ -115,12 +115,11 @@ class Registered:
         self, tensors: tuple[torch.Tensor | None, ...], params: Any, needs_grad: bool
     ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Run it. needs_grad: autograd must record the call."""
-        values = [getattr(params, name) for name in self.params_fields]
         # The autograd that torch puts around a custom op takes 200 microseconds a call. Ours stands outside of the op,
         # with the same functions; what traces the op itself finds torch's.
         if not needs_grad or self.eager is None or is_compiling():
-            return self.forward_op(*tensors, *values)
-        return self.eager.apply(*tensors, values)
+            return self.forward_op(*tensors, *_values(params, self.params_fields))
+        return self.eager.apply(*tensors, params)
 
     def backward(
         self,
@@ -131,7 +130,7 @@ class Registered:
     ) -> list[torch.Tensor]:
         """Run backward alone: grads one for each output, named the inputs and outputs, needs one for each input."""
         saved = [_pick(named, each) for each in self.module.SAVED]
-        return self.backward_op(list(grads), saved, list(needs), *[getattr(params, f) for f in self.params_fields])
+        return self.backward_op(list(grads), saved, list(needs), *_values(params, self.params_fields))
 
 
 def register(contract: Contract | InPlaceContract, suffix: str, module_path: str) -> Registered:
@@ -146,9 +145,9 @@ def register(contract: Contract | InPlaceContract, suffix: str, module_path: str
     backward_name = f"{contract.op}_backward_{suffix}"
     backward_op = None
     if contract.differentiable:
-        run_backward = _define_backward(contract, module, backward_name)
+        _define_backward(contract, module, backward_name)
         backward_op = _overload(backward_name)
-        eager = _define_forward(contract, module, forward_name, backward_op, run_backward)
+        eager = _define_forward(contract, module, forward_name, backward_op)
     else:
         eager = _define_forward(contract, module, forward_name)
     return Registered(module, _overload(forward_name), fields, eager, backward_op)
@@ -156,6 +155,11 @@ def register(contract: Contract | InPlaceContract, suffix: str, module_path: str
 
 def _overload(name: str) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _values(params: Any, fields: Sequence[str]) -> list[Any]:
+    """The parameters as an op's schema has them."""
+    return [getattr(params, name) for name in fields]
 
 
 def _params_schema(contract: Contract | InPlaceContract) -> str:
@@ -170,7 +174,7 @@ def _define(name: str, schema: str, kernel: Callable, fake: Callable) -> None:
 
 
 def _define_forward(
-    contract: Contract, module: ModuleType, name: str, backward_op: Any = None, run_backward: Callable | None = None
+    contract: Contract, module: ModuleType, name: str, backward_op: Any = None
 ) -> type[torch.autograd.Function] | None:
     """Defines the forward op; returns its autograd for eager calls, None where nothing is differentiable."""
     n_inputs = len(contract.inputs)
@@ -192,24 +196,25 @@ def _define_forward(
     _define(name, schema, kernel, fake)
     if not contract.differentiable:
         return None
-    keep, backward = _autograd(contract, module, backward_op, run_backward)
+    keep, gradients = _autograd(contract, module)
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        keep(ctx, inputs[:n_inputs], inputs[n_inputs:], output)
+        keep(ctx, inputs[:n_inputs], output)
+        ctx.values = inputs[n_inputs:]
 
     def backward_of_op(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        return (*backward(ctx, *grads), *[None] * len(ctx.values))
+        found = gradients(ctx, grads, lambda each, saved, flags, _: backward_op(each, saved, flags, *ctx.values))
+        return (*found, *[None] * len(ctx.values))
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward_of_op, setup_context=setup_context, lib=_LIBRARY)
-    return _eager_autograd(name, _overload(name), kernel, keep, backward)
+    return _eager_autograd(contract, module, name, backward_op)
 
 
-def _autograd(
-    contract: Contract, module: ModuleType, backward_op: Any, run_backward: Callable
-) -> tuple[Callable, Callable]:
-    """(keep, backward): what a recorded forward keeps in its context, and the gradients of its inputs.
+def _autograd(contract: Contract, module: ModuleType) -> tuple[Callable, Callable]:
+    """(keep, gradients): what a recorded forward keeps in its context, and the gradients of its inputs.
 
-    All that depends on the contract alone is worked out here, once: these run at every call.
+    `gradients` is given what runs backward: (grads, saved, flags of the inputs whose gradients are computed, their
+    names) -> these gradients. All that depends on the contract alone is worked out here, once: these run at every call.
     """
     n_inputs, n_outputs = len(contract.inputs), len(contract.outputs)
     names = (*contract.input_names, *contract.outputs, *module.AUXILIARY)
@@ -217,7 +222,7 @@ def _autograd(
     saved = [[places[each] for each in key.split("|")] for key in module.SAVED]
     always_constant = [each in contract.constants or each in module.AUXILIARY for each in names[n_inputs:]]
 
-    def keep(ctx: Any, tensors: tuple, values: tuple, output: Any) -> None:
+    def keep(ctx: Any, tensors: Sequence, output: Any) -> None:
         results = output if isinstance(output, tuple) else (output,)
         every = (*tensors, *results)
         ctx.save_for_backward(*[_first_given([every[place] for place in each]) for each in saved])
@@ -229,45 +234,52 @@ def _autograd(
         ]
         ctx.mark_non_differentiable(*constants)
         ctx.set_materialize_grads(False)
-        ctx.values = values
 
     @functools.cache
-    def order(needed: tuple[bool, ...]) -> tuple[list[bool], list[int | None]]:
-        """Which gradients are computed, and for each input which of them is its own."""
+    def order(needed: tuple[bool, ...]) -> tuple[list[bool], tuple[str, ...], list[int | None]]:
+        """Which gradients are computed, as flags and by name, and for each input which of them is its own."""
         by_name = dict(zip(contract.input_names, needed, strict=True))
         twins = {name: other for name, other in contract.shared_gradients if by_name[name] and by_name[other]}
         computed = [name for name in contract.input_names if by_name[name] and name not in twins]
         index = {name: place for place, name in enumerate(computed)}
-        return [name in index for name in by_name], [index.get(twins.get(name, name)) for name in by_name]
+        flags, of_input = [name in index for name in by_name], [index.get(twins.get(name, name)) for name in by_name]
+        return flags, tuple(computed), of_input
 
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple:
+    def gradients(ctx: Any, grads: tuple[torch.Tensor | None, ...], run: Callable) -> tuple:
         outputs = list(grads[:n_outputs])
         if all(grad is None for grad in outputs):
             return (None,) * n_inputs
-        needs, of_input = order(tuple(ctx.needs_input_grad[:n_inputs]))
-        saved_tensors = list(ctx.saved_tensors)
-        run = run_backward if _nobody_looks((*outputs, *saved_tensors)) else backward_op
-        found = run(outputs, saved_tensors, needs, *ctx.values)
+        flags, wanted, of_input = order(tuple(ctx.needs_input_grad[:n_inputs]))
+        found = run(outputs, list(ctx.saved_tensors), flags, wanted)
         return tuple([None if place is None else found[place] for place in of_input])
 
-    return keep, backward
+    return keep, gradients
 
 
 def _eager_autograd(
-    name: str, op: Any, run: Callable, keep: Callable, backward: Callable
+    contract: Contract, module: ModuleType, name: str, backward_op: Any
 ) -> type[torch.autograd.Function]:
+    forward_op, fields = _overload(name), [field.name for field in dataclasses.fields(contract.params)]
+    keep, gradients = _autograd(contract, module)
+
     def forward(ctx: Any, *args: Any) -> Any:
-        *tensors, values = args
+        *tensors, params = args
         if _nobody_looks(tensors):
-            output = run(*tensors, *values)
+            output = _unwrap(module.forward(*tensors, params))
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                output = op(*tensors, *values)
-        keep(ctx, tensors, values, output)
+                output = forward_op(*tensors, *_values(params, fields))
+        keep(ctx, tensors, output)
+        ctx.params = params
         return output
 
     def backward_of_call(ctx: Any, *grads: torch.Tensor | None) -> tuple:
-        return (*backward(ctx, *grads), None)
+        def run(outputs: list, saved: list, flags: list[bool], wanted: tuple[str, ...]) -> Sequence[torch.Tensor]:
+            if _nobody_looks((*outputs, *saved)):
+                return module.backward(*outputs, *saved, needs=wanted, params=ctx.params)
+            return backward_op(outputs, saved, flags, *_values(ctx.params, fields))
+
+        return (*gradients(ctx, grads, run), None)
 
     functions = {"forward": staticmethod(forward), "backward": staticmethod(backward_of_call)}
     return type(name, (torch.autograd.Function,), functions)
@@ -293,8 +305,7 @@ def _remembering(params: type) -> Callable:
     return functools.lru_cache(maxsize=256, typed=True)(params)
 
 
-def _define_backward(contract: Contract, module: ModuleType, name: str) -> Callable:
-    """Defines the backward op; returns what it runs."""
+def _define_backward(contract: Contract, module: ModuleType, name: str) -> None:
     schema = f"(Tensor?[] grads, Tensor?[] saved, bool[] needs{_params_schema(contract)}) -> Tensor[]"
     params_of = _remembering(contract.params)
 
@@ -314,7 +325,6 @@ def _define_backward(contract: Contract, module: ModuleType, name: str) -> Calla
         return [each.new_empty(each.shape, dtype=dtypes.get(name, each.dtype)) for name, each in templates.items()]
 
     _define(name, schema, kernel, fake)
-    return kernel
 
 
 def _define_in_place(contract: InPlaceContract, module: ModuleType, name: str) -> None:

@@ -21,16 +21,14 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
     In float32 each sum of a product is one chain of multiply-adds, which rounds at the size of the whole sum: over a
     head dimension the error of eager, which sums in blocks, is several times smaller. So here, too, sums of TERMS
-    products are added to each other, and then to acc.
+    products are added to each other, and then to acc. Where there is one such sum, tl.sum keeps it from acc: Triton
+    turns acc + tl.dot(a, b) into a chain that goes on from acc, over all tiles.
     """
     if PRECISION != "ieee":
         return tl.dot(a, b, acc, input_precision=PRECISION)
-    if a.shape[1] > TERMS:
-        parts_a = tl.permute(tl.reshape(a, [a.shape[0], a.shape[1] // TERMS, TERMS]), [1, 0, 2])
-        parts_b = tl.reshape(b, [b.shape[0] // TERMS, TERMS, b.shape[1]])
-        product = tl.sum(tl.dot(parts_a, parts_b, input_precision=PRECISION), 0)
-    else:
-        product = tl.dot(a, b, input_precision=PRECISION)
+    parts_a = tl.permute(tl.reshape(a, [a.shape[0], a.shape[1] // TERMS, TERMS]), [1, 0, 2])
+    parts_b = tl.reshape(b, [b.shape[0] // TERMS, TERMS, b.shape[1]])
+    product = tl.sum(tl.dot(parts_a, parts_b, input_precision=PRECISION), 0)
     return product if acc is None else acc + product
 
 

@@ -246,7 +246,7 @@ class Descriptor:
     """A TMA descriptor."""
 
     def __init__(self, host: Any):
-        self.tensor = host.base
+        self.tensor = host.base.as_strided(host.shape, host.strides)
         self.block = list(host.block_shape)
         self.block_shape = self.block
         self.dtype = host.base.dtype

@@ -136,6 +136,11 @@ def _pretended_device(name: str) -> device_facts.Device:
     return device_facts.Device("cuda", name, f"{name}, not there")
 
 
+def _addmm(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, **options: Any) -> torch.Tensor:
+    """In place of torch.addmm, which in torch 2.11 fails for meta tensors of another dtype than their sum's."""
+    return out
+
+
 @contextlib.contextmanager
 def _pretending(name: str) -> Iterator[None]:
     """Within the context, meta tensors are on the target and Triton launches for it."""
@@ -148,6 +153,7 @@ def _pretending(name: str) -> Iterator[None]:
         mock.patch.object(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"), create=True),
         mock.patch.object(torch.cuda, "current_device", lambda: None),  # the index of a meta tensor's device
         mock.patch.object(torch.cuda, "get_device_properties", lambda device=None: properties),
+        mock.patch.object(torch, "addmm", _addmm),
     ):
         triton.runtime.driver.set_active(_PretendDriver(name))
         yield

@@ -25,7 +25,7 @@ def rows_by_heads(tensor: torch.Tensor) -> torch.Tensor:
     regular = not outer or leading[0] == 1 or outer[0] == leading[1] * row
     apart = row >= heads * head_dim or torch.Size(leading).numel() <= 1
     if not (last == 1 and (head == head_dim or heads == 1) and aligned and regular and apart):
-        tensor = tensor.contiguous()
+        tensor = tensor.clone(memory_format=torch.contiguous_format)  # also where it only begins at a wrong place
         row = heads * head_dim
     return tensor.as_strided((torch.Size(leading).numel(), heads * head_dim), (row, 1))
 

@@ -26,6 +26,7 @@ lse = -inf (or the sink's logit).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -45,16 +46,24 @@ from tilestack.kernels._gluon import (
     partial_row_sums,
     reciprocal,
     scale_rows,
-    tensor_descriptor,
     thread_barrier,
     tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from tilestack.kernels.attention.features import lse_of_no_keys
-from tilestack.kernels.attention.layout import empty_lse, pad_heads, rows_by_heads
+from tilestack.kernels.attention.layout import empty_lse, pad_heads
 from tilestack.kernels.attention.sm90_configs import Forward, forward_config, tile_size
-from tilestack.kernels.attention.sm90_schedule import dense_schedule, piece, query_table, share, work_item
+from tilestack.kernels.attention.sm90_schedule import (
+    dense_query_table,
+    dense_schedule,
+    packed_bound,
+    packed_query_table,
+    piece,
+    share,
+    work_item,
+)
+from tilestack.kernels.attention.sm90_tiles import RowTiles
 from tilestack.kernels.triton_numerics import LN2, LOG2E
 
 ROWS = gl.constexpr(64)  # queries of a consumer: those of one wgmma
@@ -472,44 +481,67 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, q_rest, k_rest, v_r
         ], [4, 4, 1], [160, 160, 24])  # fmt: skip
 
 
+class _Plan:
+    """What the calls of one kind have in common on the host's side.
+
+    documents: of packed input, None of dense. table, schedule: of dense input, None of packed.
+    """
+
+    def __init__(self, q_shape, k_shape, dtype, device, multiprocessors, documents, has_sinks, params):
+        *leading, heads, head_dim = q_shape
+        self.size = size = tile_size(head_dim)
+        dense = documents is None
+        config = forward_config(size, params.causal, q_shape[1] if dense else params.max_seqlen_q)
+        self.block_m = block_m = ROWS.value * config.CONSUMERS
+        self.table = self.schedule = None
+        if dense:
+            self.bound = q_shape[0] * launch.cdiv(q_shape[1], block_m)
+        else:
+            self.bound = packed_bound(q_shape[0], documents, block_m)
+        programs = min(self.bound * heads, multiprocessors)
+        window = params.window_left, params.window_right
+        if dense:
+            self.table = dense_query_table(*q_shape[:2], k_shape[1], heads, block_m, device)
+            self.schedule = dense_schedule(q_shape, k_shape, block_m, config.BLOCK_N, window, programs, device)
+        self.lse_shape = (*leading[:-1], heads, leading[-1])
+        tile = config.D, config.REST
+        self.q_tiles = RowTiles((*q_shape[:-1], size), dtype, ROWS.value, *tile)
+        self.k_tiles = RowTiles((*k_shape[:-1], size), dtype, config.BLOCK_N, *tile)
+        scale, inner, cap = params.softmax_scale * LOG2E.value, 0.0, params.softcap * LOG2E.value
+        if cap:  # capped scores are powers of two already
+            scale, inner = 1.0, 2 * params.softmax_scale * LOG2E.value / params.softcap
+        self.launch = launch.Prepared(
+            (programs,), heads, *window, scale, inner, cap, heads * head_dim, leading[-1],
+            **vars(config), HEAD_DIM=head_dim, GROUP=heads // k_shape[-2],
+            SCHEDULED=dense, HAS_LEFT=window[0] >= 0, HAS_RIGHT=window[1] >= 0, HAS_CAP=cap > 0,
+            HAS_SINKS=has_sinks, num_warps=4,
+        )  # fmt: skip
+
+
+_plan = functools.lru_cache(maxsize=256)(_Plan)
+
+
 def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_seed, params):
     """out and lse of the contract; tensors as `refuses` lets them through."""
-    out, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), empty_lse(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.numel() == 0:
-        return out, lse
+        return out, empty_lse(q)
     if k.numel() == 0:
         return out.zero_(), lse_of_no_keys(q, sinks)
-    heads, head_dim = q.shape[-2:]
-    size = tile_size(head_dim)
-    dense = cu_seqlens_q is None
-    config = forward_config(size, params.causal, q.shape[1] if dense else params.max_seqlen_q)
-    block_m = ROWS.value * config.CONSUMERS
-    items, bound = query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m)
-    programs = min(bound * heads, launch.multiprocessors(q))
-    schedule = dense_schedule(q, k, block_m, config.BLOCK_N, params, programs) if dense else items
-    scale, inner, cap = params.softmax_scale * LOG2E.value, 0.0, params.softcap * LOG2E.value
-    if cap:  # capped scores are powers of two already
-        scale, inner = 1.0, 2 * params.softmax_scale * LOG2E.value / params.softcap
-    tensors = [rows_by_heads(pad_heads(each, size)) for each in (q, k, v)]
-    tensors.append(rows_by_heads(out) if head_dim == size else tensors[0])  # padded, out does not leave by TMA
+    documents = None if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    on = q.dtype, q.device, launch.multiprocessors(q)
+    plan = _plan(q.shape, k.shape, *on, documents, sinks is not None, params)
+    lse = torch.empty(plan.lse_shape, dtype=torch.float32, device=q.device)
+    items, schedule = plan.table, plan.schedule
+    if items is None:
+        schedule = items = packed_query_table(cu_seqlens_q, cu_seqlens_k, q.shape[0], plan.bound, plan.block_m)
+    q, k, v = (pad_heads(each, plan.size) for each in (q, k, v))
+    (q_desc, q_rest), (k_desc, k_rest), (v_desc, v_rest) = plan.q_tiles.of(q), plan.k_tiles.of(k), plan.k_tiles.of(v)
+    # padded, out does not leave by TMA
+    o_desc, o_rest = plan.q_tiles.of(out) if out.shape == q.shape else (q_desc, q_rest)
     with launch.on_device(q):
-        launch.run(
-            attention_forward_kernel, (programs,),
-            *_descriptors(tensors, config, config.D, 128), *_descriptors(tensors, config, config.REST, 2 * config.REST),
-            out, lse, sinks, items, schedule, heads, params.window_left, params.window_right,
-            scale, inner, cap, heads * head_dim, lse.shape[-1],
-            **vars(config), HEAD_DIM=head_dim, GROUP=heads // k.shape[-2],
-            SCHEDULED=dense, HAS_LEFT=params.window_left >= 0, HAS_RIGHT=params.window_right >= 0,
-            HAS_CAP=cap > 0, HAS_SINKS=sinks is not None, num_warps=4,
+        plan.launch.run(
+            attention_forward_kernel, q_desc, k_desc, v_desc, o_desc, q_rest, k_rest, v_rest, o_rest,
+            out, lse, sinks, items, schedule,
         )  # fmt: skip
     return out, lse
-
-
-def _descriptors(tensors, config, columns: int, swizzle: int) -> list:
-    if not columns:
-        return [None] * 4
-    blocks = (ROWS.value, config.BLOCK_N, config.BLOCK_N, ROWS.value)
-    return [
-        tensor_descriptor(each, [block, columns], min(128, swizzle))
-        for each, block in zip(tensors, blocks, strict=True)
-    ]

@@ -156,28 +156,24 @@ def key_table_kernel(
         tl.store(table_ptr, before)
 
 
-def query_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int) -> tuple[torch.Tensor, int]:
-    """The query table of a call, and an upper bound of its items; nothing is read back from the device."""
-    if cu_seqlens_q is None:
-        batch, len_q, heads, _ = q.shape
-        table = _dense_query_table(batch, len_q, k.shape[1], heads, block_m, q.device)
-        return table, batch * launch.cdiv(len_q, block_m)
-    return _packed_table(query_table_kernel, q.shape[0], cu_seqlens_q, cu_seqlens_k, block_m, BLOCK_M=block_m)
+def packed_bound(total: int, documents: int, block: int) -> int:
+    """How many blocks `total` packed rows have at most, those after the last document among them."""
+    return total // block + documents + 1
 
 
-def dense_schedule(q, k, block_m: int, block_n: int, params, programs: int) -> torch.Tensor:
-    """Who does which piece of dense work: where each program's pieces begin [programs + 1], then the pieces.
+def packed_query_table(cu_seqlens_q, cu_seqlens_k, total_q: int, bound: int, block_m: int) -> torch.Tensor:
+    """The query table of packed input; nothing is read back from the device."""
+    return _packed_table(query_table_kernel, total_q, bound, cu_seqlens_q, cu_seqlens_k, BLOCK_M=block_m)
 
-    Pieces go in sections of documents and heads whose keys and values fit into L2 together, those that see most keys
-    first, each to the program that is free first. Dealt out in turn instead, the long pieces of short sections meet the
-    same programs again and again.
-    """
-    window = (params.window_left, params.window_right)
-    return _dense_schedule(tuple(q.shape), tuple(k.shape), block_m, block_n, window, programs, q.device)
+
+def packed_key_table(cu_seqlens_q, cu_seqlens_k, total_k: int, bound: int, block_m: int, block_n: int) -> torch.Tensor:
+    """The key table of packed input; nothing is read back from the device."""
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return _packed_table(key_table_kernel, total_k, bound, cu_seqlens_q, cu_seqlens_k, **blocks)
 
 
 @functools.lru_cache(maxsize=64)
-def _dense_schedule(
+def dense_schedule(
     q_shape: tuple[int, ...],
     k_shape: tuple[int, ...],
     block_m: int,
@@ -186,6 +182,12 @@ def _dense_schedule(
     programs: int,
     device: torch.device,
 ) -> torch.Tensor:
+    """Who does which piece of dense work: where each program's pieces begin [programs + 1], then the pieces.
+
+    Pieces go in sections of documents and heads whose keys and values fit into L2 together, those that see most keys
+    first, each to the program that is free first. Dealt out in turn instead, the long pieces of short sections meet the
+    same programs again and again.
+    """
     batch, len_q, heads, head_dim = q_shape
     _, len_k, kv_heads, _ = k_shape
     sections = forward_sections(batch, len_k, heads, kv_heads, head_dim)
@@ -221,42 +223,22 @@ def _tiles(m: int, block_m: int, block_n: int, len_q: int, len_k: int, window: t
     return last if left < 0 else last - min(max(position - left, 0) // block_n, last - 1)
 
 
-def key_table(q, k, cu_seqlens_q, cu_seqlens_k, block_m: int, block_n: int) -> tuple[torch.Tensor, int]:
-    """The key table of a call, and an upper bound of its items; nothing is read back from the device."""
-    if cu_seqlens_q is None:
-        batch, len_k = k.shape[:2]
-        table = _dense_key_table(batch, q.shape[1], len_k, block_m, block_n, q.device)
-        return table, batch * launch.cdiv(len_k, block_n)
-    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
-    return _packed_table(key_table_kernel, k.shape[0], cu_seqlens_q, cu_seqlens_k, block_n, **blocks)
-
-
-def query_blocks(q, cu_seqlens_q, block_m: int) -> int:
-    """How many blocks of queries the documents of a call have, or for packed input an upper bound."""
-    if cu_seqlens_q is None:
-        return q.shape[0] * launch.cdiv(q.shape[1], block_m)
-    return q.shape[0] // block_m + cu_seqlens_q.numel()
-
-
-def _packed_table(
-    kernel, total: int, cu_seqlens_q, cu_seqlens_k, block: int, **blocks: int
-) -> tuple[torch.Tensor, int]:
-    documents = cu_seqlens_q.numel() - 1
-    bound = total // block + documents + 1
+def _packed_table(kernel, total: int, bound: int, cu_seqlens_q, cu_seqlens_k, **blocks: int) -> torch.Tensor:
     table = cu_seqlens_q.new_empty((bound + 1) * FIELDS.value)
     with launch.on_device(cu_seqlens_q):
         launch.run(
             kernel, (launch.cdiv(bound, BLOCK_ITEMS),),
-            cu_seqlens_q, cu_seqlens_k, table, documents, total, bound, **blocks,
+            cu_seqlens_q, cu_seqlens_k, table, cu_seqlens_q.numel() - 1, total, bound, **blocks,
             BLOCK_ITEMS=BLOCK_ITEMS, BLOCK_DOCUMENTS=BLOCK_DOCUMENTS, FIELDS=FIELDS.value, num_warps=8,
         )  # fmt: skip
-    return table, bound
+    return table
 
 
 @functools.lru_cache(maxsize=64)
-def _dense_query_table(
+def dense_query_table(
     batch: int, len_q: int, len_k: int, heads: int, block_m: int, device: torch.device
 ) -> torch.Tensor:
+    """The query table of dense input, whose number of items is batch * cdiv(len_q, block_m)."""
     n_blocks = launch.cdiv(len_q, block_m)
     item = torch.arange(batch * n_blocks, device=device, dtype=torch.int32)
     document, start = item // n_blocks, item % n_blocks * block_m
@@ -266,9 +248,10 @@ def _dense_query_table(
 
 
 @functools.lru_cache(maxsize=64)
-def _dense_key_table(
+def dense_key_table(
     batch: int, len_q: int, len_k: int, block_m: int, block_n: int, device: torch.device
 ) -> torch.Tensor:
+    """The key table of dense input, whose number of items is batch * cdiv(len_k, block_n)."""
     n_blocks = launch.cdiv(len_k, block_n)
     item = torch.arange(batch * n_blocks, device=device, dtype=torch.int32)
     document = item // n_blocks
