@@ -102,15 +102,17 @@ class AllToAllDispatcher:
         # [ranks, 2, chunks]: how many rows go to each rank, and how many routes they have there
         sent = torch.stack([torch.stack([part.sum(0) for part in parts], 1), torch.stack(routes, 1)], 1)
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.members.group)
+        exchange = dist.all_to_all_single(received, sent, group=self.members.group, async_op=True)
+        # the tokens of rank 0, then of rank 1, ...: a sort, as nonzero() would wait for the device. It comes before
+        # the host waits: afterwards the device has nothing to do until the host has launched what follows
+        orders = [part.t().flatten().logical_not().byte().argsort(stable=True) % max(len(part), 1) for part in parts]
+        exchange.wait()
         sizes = torch.stack([sent, received]).tolist()
-        for i, part in enumerate(parts):
+        for i, order in enumerate(orders):
             to, of = ([rank[0][i] for rank in side] for side in sizes)
             here = sum(rank[1][i] for rank in sizes[1])
-            # the tokens of rank 0, then of rank 1, ...: a sort, because nonzero() would wait for the device again
-            order = part.t().flatten().logical_not().byte().argsort(stable=True)[: sum(to)]
             most = -(-here // ROUTES) * ROUTES
-            yield _Chunk(begins[i], begins[i + 1], order % max(len(part), 1), to, of, most)
+            yield _Chunk(begins[i], begins[i + 1], order[: sum(to)], to, of, most)
 
 
 def _count(owners: torch.Tensor, ranks: int) -> torch.Tensor:
