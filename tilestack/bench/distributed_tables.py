@@ -17,7 +17,7 @@ def distributed_block(run: dict) -> str:
         "",
         "| layers | a GPU | split | recomputed | implementation | ms | tokens/s | TFLOP/s | GiB | exposed | idle ms |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
-        *[_step(row) for row in steps],
+        *[_step(row) for row in sorted(steps, key=lambda row: row["case"]["layers"])],
         "",
         *_comparisons([row for row in steps if not row["error"]]),
     ]
@@ -87,6 +87,8 @@ def _comparisons(steps: list[dict]) -> list[str]:
     for layers in sorted({row["case"]["layers"] for row in steps}):
         several = [row for row in steps if row["case"]["layers"] == layers and row["case"]["gpus"] > 1]
         several = [row for row in several if row["case"]["seqlen"] == 4096]
+        if any(row["implementation"] != "tilestack" for row in several):  # with the same state, if there is such a row
+            several = [row for row in several if not state_of(row["case"])] or several
         best = {name: _best(several, name) for name in {row["implementation"] for row in several}}
         rivals = [row for name, row in best.items() if name != "tilestack"]
         if "tilestack" in best and rivals:

@@ -86,8 +86,8 @@ def table(machine: Machine) -> str:
         "",
         f"Assumed: {machine.network:.0f} GB/s a GPU between nodes of {machine.gpus_per_node}, a hop of "
         f"{machine.node_hop:.0f} us inside a node and {machine.network_hop:.0f} us between nodes, "
-        f"{machine.host_wait:.0f} us lost where the host waits for sizes, {machine.hidden_share:.0%} of a pass can "
-        "hide what is sent beside it.",
+        f"{machine.hidden_share:.0%} of a pass can hide what is sent beside it. From the steps below: "
+        f"{machine.host_wait / 1e3:.1f} ms lost each time that the host waits for sizes.",
         "",
         f"| each GPU with the same work | {scales} | less than {EFFICIENT:.0%} of 8 GPUs' rate |",
         "|---" * (len(SCALES) + 2) + "|",
