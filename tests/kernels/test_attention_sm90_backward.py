@@ -15,6 +15,9 @@ from tilestack.kernels.attention.op import AttentionParams
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import DeadlockError, Emulator
 
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="small kernels beside the emulated ones run in Triton's interpreter: hide the GPU"
+)
 OFFSETS = ([0, 5, 5, 140, 400, 500], [0, 0, 30, 300, 420, 421])
 
 
