@@ -32,6 +32,7 @@ test-all: $(VENV)/installed ## every test, the slow ones too
 
 test-gpu: $(VENV)/installed ## the grid on the GPU at hand
 	$(BIN)/python -m pytest tests/kernels tests/compat
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/kernels/test_*_sm90*.py
 
 lint: $(VENV)/installed    ## format and lint
 	$(BIN)/ruff format . && $(BIN)/ruff check --fix .

@@ -38,7 +38,21 @@ def test_every_dense_case_has_16k_tokens_and_the_order_starts_with_the_main_shap
     assert set(cases(quick=True)) < set(cases())
 
 
-@pytest.mark.parametrize("case", [DENSE, dataclasses.replace(DENSE, causal=False), PACKED], ids=lambda c: c.layout)
+@pytest.mark.parametrize("window", [(-1, -1), (0, 0), (15, 0), (10**6, 0)])
+def test_a_causal_window_counts_the_pairs_that_it_leaves(window):
+    case = AttentionCase(1, 512, heads=1, kv_heads=1, head_dim=1, window=window)
+    seen = torch.ones(512, 512).tril()
+    if window[0] >= 0:
+        seen = seen.triu(-window[0])
+    # half of S^2 where all is seen, as everywhere: half a key less for each that the last query sees
+    assert case.flops("forward") / 4 == seen.sum().item() - 0.5 * seen[-1].sum().item()
+
+
+@pytest.mark.parametrize(
+    "case",
+    [DENSE, dataclasses.replace(DENSE, causal=False), PACKED, dataclasses.replace(DENSE, window=(9, 0))],
+    ids=["dense", "all keys", "packed", "window"],
+)
 def test_the_check_of_attention_passes_what_is_right_and_refuses_what_is_wrong(case):
     tensors = make(case, "cpu")
     truth = attention_check.truth_of(case, tensors, portable="reference")

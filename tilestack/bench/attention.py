@@ -83,6 +83,8 @@ def _flash_attn_4(case: AttentionCase, tensors: dict[str, torch.Tensor | None]) 
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     options = {"causal": case.causal, "deterministic": case.deterministic}
+    if case.window[0] >= 0:
+        options["window_size"] = case.window
     cu = tensors["cu_seqlens"]
     if cu is not None:
         longest = max(case.sequences)
@@ -224,6 +226,7 @@ def shape(case: dict) -> str:
     lengths = f"packed, {len(case['lengths'])} documents" if case["lengths"] else f"{case['batch']} x {case['seqlen']}"
     words = [lengths, f"{case['heads']}/{case['kv_heads']} heads of {case['head_dim']}"]
     words += ["causal"] * case["causal"] + ["deterministic"] * case["deterministic"]
+    words += [f"window of {case['window'][0] + 1}"] * (case["window"][0] >= 0)
     return ", ".join(words)
 
 

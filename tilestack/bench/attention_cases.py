@@ -17,7 +17,8 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 class AttentionCase:
     """One shape. seqlen: tokens of a sequence, of all documents together where layout is "packed" (then batch is 1).
 
-    lengths: of the documents, packed only. window: (left, right), -1 is no limit.
+    lengths: of the documents, packed only. window: (left, right) of a query's own key, -1 is no limit; one with a left
+    limit is causal.
     """
 
     batch: int
@@ -42,9 +43,18 @@ class AttentionCase:
         return self.lengths if self.lengths is not None else (self.seqlen,) * self.batch
 
     def flops(self, direction: str) -> float:
-        """4 * Hq * S^2 * D of every sequence, half of it where causal; a backward is 2.5 forwards, "both" 3.5."""
-        forward = 4 * self.heads * self.head_dim * sum(length**2 for length in self.sequences)
-        return forward * (0.5 if self.causal else 1.0) * {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
+        """4 * Hq * S^2 * D of every sequence, half of it where causal; a backward is 2.5 forwards, "both" 3.5.
+
+        Of a causal window what lies left of it is not counted either.
+        """
+        pairs = sum(map(self._pairs, self.sequences))
+        return 4 * self.heads * self.head_dim * pairs * {"forward": 1.0, "backward": 2.5, "both": 3.5}[direction]
+
+    def _pairs(self, length: int) -> float:
+        if not self.causal:
+            return float(length**2)
+        left_out = max(0, length - self.window[0] - 1) if self.window[0] >= 0 else 0
+        return 0.5 * (length**2 - left_out**2)
 
 
 def document_lengths(total: int, mean: int = MEAN_LENGTH, sigma: float = 1.0, seed: int = 0) -> tuple[int, ...]:
@@ -80,8 +90,17 @@ def cases(quick: bool = False) -> list[AttentionCase]:
     )
     dense = [AttentionCase(TOKENS // s, s, **variant) for variant in variants for s in LENGTHS]
     repeatable = [AttentionCase(TOKENS // s, s, deterministic=True) for s in (4096, 16384)]
+    windows = [AttentionCase(TOKENS // s, s, window=(1023, 0)) for s in (4096, 16384)]
     wide = [AttentionCase(TOKENS // s, s, heads=16, kv_heads=4, head_dim=256) for s in (4096, 16384)]
-    return [*dense[: len(LENGTHS)], packed(TOKENS), packed(4 * TOKENS), *repeatable, *wide, *dense[len(LENGTHS) :]]
+    return [
+        *dense[: len(LENGTHS)],
+        packed(TOKENS),
+        packed(4 * TOKENS),
+        *repeatable,
+        *wide,
+        *windows,
+        *dense[len(LENGTHS) :],
+    ]
 
 
 def make(case: AttentionCase, device: str, seed: int = 0) -> dict[str, torch.Tensor | None]:

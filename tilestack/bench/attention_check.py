@@ -68,9 +68,11 @@ def poison(device: torch.device) -> None:
 def truth_of(case: AttentionCase, tensors: dict[str, torch.Tensor | None], portable: str = "tilestack-triton") -> Truth:
     """What every implementation is compared with. portable: whose whole tensors serve."""
     part = _slice(case, tensors)
-    exact = _float64(*(part[name] for name in ("q", "k", "v", "dout")), case.head_dim**-0.5, case.causal)
+    exact = _float64(
+        *(part[name] for name in ("q", "k", "v", "dout")), case.head_dim**-0.5, case.causal, case.window[0]
+    )
     q, k, v = (part[name][None].detach().requires_grad_() for name in ("q", "k", "v"))
-    eager = attention(q, k, v, causal=case.causal, implementation="reference")
+    eager = attention(q, k, v, causal=case.causal, window_size=case.window, implementation="reference")
     gradients = torch.autograd.grad(eager, (q, k, v), part["dout"][None])
     rows = _rows(part["q"].shape[0])
     eager = dict(zip(NAMES, (each[0, rows].detach().cpu() for each in (eager, *gradients)), strict=True))
@@ -120,8 +122,8 @@ def _part(case: AttentionCase, tensor: torch.Tensor) -> torch.Tensor:
     return rows[:, -(tensor.shape[-2] // case.kv_heads) :]
 
 
-def _float64(q, k, v, dout, scale: float, causal: bool) -> Tensors:
-    """q, dout [S, G, D]; k, v [S, 1, D]. The definition, CHUNK queries at a time."""
+def _float64(q, k, v, dout, scale: float, causal: bool, left: int) -> Tensors:
+    """q, dout [S, G, D]; k, v [S, 1, D]. The definition, CHUNK queries at a time. left: of a causal window."""
     q, dout = (each.double().transpose(0, 1) for each in (q, dout))
     k, v = (each.double()[:, 0] for each in (k, v))
     out, dq, dk, dv = (torch.zeros_like(each) for each in (q, q, k, v))
@@ -133,6 +135,8 @@ def _float64(q, k, v, dout, scale: float, causal: bool) -> Tensors:
         if causal:
             queries, keys = (torch.arange(n, device=q.device) for n in (rows.stop, seen))
             scores.masked_fill_(keys > queries[rows, None], -torch.inf)
+            if left >= 0:
+                scores.masked_fill_(keys < queries[rows, None] - left, -torch.inf)
         p = scores.softmax(-1)
         out[:, rows] = p @ v[:seen]
         delta = (out[:, rows] * dout[:, rows]).sum(-1, keepdim=True)

@@ -52,6 +52,7 @@ def attention_family(row: dict) -> str:
     words = [f"{case['heads']} query heads, {case['kv_heads']} key heads of {case['head_dim']}"]
     words.append("causal" if case["causal"] else "not causal")
     words += ["packed documents"] * (case["layout"] == "packed") + ["deterministic"] * case["deterministic"]
+    words += [f"window of {case['window'][0] + 1} keys"] * (case["window"][0] >= 0)
     return ", ".join(words)
 
 

@@ -36,6 +36,8 @@ __all__ = [
     "fence_async_shared",
     "gl",
     "gluon",
+    "group_barrier_arrive",
+    "group_barrier_sync",
     "mbarrier",
     "narrow",
     "partial_row_max",
@@ -191,6 +193,30 @@ def barrier_arrive(index, threads: gl.constexpr, num_warps: gl.constexpr):
     gl.inline_asm_elementwise(
         "bar.arrive $1, " + threads + "; mov.b32 $0, $1;", "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def group_barrier_sync(index, threads: gl.constexpr, num_warps: gl.constexpr):
+    """Wait at hardware barrier `index` + warpgroup, each warpgroup at its own; the caller has the first warps."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    lanes = gl.full([num_warps * 32], 0, gl.int32, layout) + index
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; add.u32 t, t, $1; bar.sync t, " + threads + "; "
+        "mov.b32 $0, $1; }",
+        "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def group_barrier_arrive(index, threads: gl.constexpr, num_warps: gl.constexpr):
+    """Come to the barrier of group_barrier_sync without waiting."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [num_warps], [0])
+    lanes = gl.full([num_warps * 32], 0, gl.int32, layout) + index
+    gl.inline_asm_elementwise(
+        "{ .reg .b32 t; mov.u32 t, %tid.x; shr.u32 t, t, 7; add.u32 t, t, $1; bar.arrive t, " + threads + "; "
+        "mov.b32 $0, $1; }",
+        "=r,r", [lanes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

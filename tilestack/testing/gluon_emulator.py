@@ -371,6 +371,10 @@ class Emulator:
         if wait:
             self.scheduler.wait(lambda: state[1] != turn, f"named barrier {index}")
 
+    def group_barrier(self, index: Any, threads: str, num_warps: int, wait: bool) -> None:
+        for group in range(num_warps // 4):
+            self.barrier(index + group, threads, 4, wait)
+
     # ---- copies
 
     def tma_load(
@@ -508,6 +512,8 @@ class Emulator:
             _gluon.tma_reduce_add: lambda desc, coord, source: self.tma_store(desc, coord, source, add=True),
             _gluon.barrier_sync: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, True),
             _gluon.barrier_arrive: lambda index, threads, num_warps: self.barrier(index, threads, num_warps, False),
+            _gluon.group_barrier_sync: lambda index, threads, warps: self.group_barrier(index, threads, warps, True),
+            _gluon.group_barrier_arrive: lambda index, threads, warps: self.group_barrier(index, threads, warps, False),
             _gluon.narrow: lambda x, dtype: x.to(dtype),
             _gluon.widen: lambda x, dtype: x.float(),
             _gluon.reduce_add: self.reduce_add,

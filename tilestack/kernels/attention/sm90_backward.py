@@ -124,9 +124,11 @@ class _Plan:
         self.q_tiles = RowTiles(q_shape, dtype, self.block_m, config.D, config.TAIL)
         self.k_tiles = RowTiles(k_shape, dtype, self.block_n, config.D, config.TAIL)
         lines = (head_dim // 32, self.sizes[2] // head_dim, 32), (32, head_dim, 1), torch.float32
+        blocks = [[columns // 32, self.block_m, 32] if columns else None for columns in (config.D, config.TAIL)]
+        if config.APART:  # half of dQ at once, the part of a warpgroup
+            blocks[0] = [config.D * self.block_m // 4096, 64, 32]
         self.dq_tiles, self.dq_tail_tiles = (
-            Tiles(*lines, [columns // 32, self.block_m, 32]) if config.DQ_SHARED and columns else None
-            for columns in (config.D, config.TAIL)
+            Tiles(*lines, block) if config.DQ_SHARED and block else None for block in blocks
         )
 
     def _launches(self, heads, kv_heads, total_q, total_k, length, n_q_blocks, params) -> None:

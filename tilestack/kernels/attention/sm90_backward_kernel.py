@@ -15,8 +15,12 @@ and dV in registers and walks over the query blocks that see its keys:
   exponentials of the next block; elsewhere dQ leaves before dK is issued, while S' runs: the tensor cores have work. P'
   is kept as 16 bits, as eager attention has it: its float32 would take the registers of the next S'.
 * At D = 128 shared memory sets the pace, by count: for a block of 64 queries wgmma reads 256 KB of operands there, and
-  Q, dO, dS' and dQ move 112 KB more, at 128 bytes a cycle 2,900 cycles of the 3,600 measured on an H100 (the tensor
-  cores are busy for 2,560). Other orders of the products and of dQ's way out all took as long.
+  Q, dO, dS' and dQ move 112 KB more, at 128 bytes a cycle 2,900 cycles (the tensor cores are busy for 2,560). Long
+  sequences run at an H100's limit of power: cycles that are saved become less than as much time.
+* APART (D = 64 and 128): each warpgroup hands its part of dQ to one more warp, which adds it, and waits for that warp
+  alone. The stores of dQ are fenced and handed over only once the exponentials of the next block have run: a fence at
+  once waits for them, and all that follows with it, while the tensor cores run dry. Where registers allow (CARRY) lse
+  and delta are read before products are issued whose operands would delay them.
 * dQ is added into a float32 scratch tensor by TMA, from shared memory in an order free of bank conflicts, or, where no
   shared memory is left (DQ_SHARED), straight from the registers, 16 bytes at once. `finish_kernel` rounds it. Where the
   query heads of a key head are spread over several items, dK and dV are added from the registers too. Additions from
@@ -25,8 +29,8 @@ and dV in registers and walks over the query blocks that see its keys:
   each walks from its first query to the last: under a causal mask it meets a block of queries BLOCK_N / BLOCK_M blocks
   after the item before it, which has added its part by then. These are the shortest items first, so the last section
   goes the other way round, lest the longest end alone: items of earlier keys first, from the last query to the first.
-  Nobody waits for an item that starts later. One more warp waits for the turn and adds dQ in the consumers' stead; it
-  looks for the next turn while the block that it adds is on its way.
+  Nobody waits for an item that starts later. The warp that adds dQ waits for the turn in the consumers' stead; it looks
+  for the next turn while the block that it adds is on its way.
 * Head dimensions 96 and 192 are tiles of 64 + 32 and 128 + 64 columns (D + TAIL).
 * Items go in sections whose Q, dO and dQ fit into L2 together, and longest first within a section.
 
@@ -42,6 +46,8 @@ from tilestack.kernels._gluon import (
     fence_async_shared,
     gl,
     gluon,
+    group_barrier_arrive,
+    group_barrier_sync,
     mbarrier,
     narrow,
     pass_turn,
@@ -59,10 +65,10 @@ from tilestack.kernels._gluon import (
 )
 from tilestack.kernels.attention.sm90_schedule import FIELDS
 
-Q_FREE = gl.constexpr(8)  # hardware barriers: Q_FREE + stage, DO_FREE + stage
-DO_FREE = gl.constexpr(11)
-DQ_FULL = gl.constexpr(14)
-DQ_FREE = gl.constexpr(15)
+Q_FREE = gl.constexpr(6)  # hardware barriers: + stage
+DO_FREE = gl.constexpr(9)  # + stage
+DQ_FULL = gl.constexpr(12)  # + warpgroup, where each hands over its own part
+DQ_FREE = gl.constexpr(14)
 
 
 @gluon.jit
@@ -185,10 +191,10 @@ def add_dq(desc, tail_desc, buffer, tail_buffer, row, D: gl.constexpr, TAIL: gl.
 
 
 @gluon.jit
-def dq_turn(it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
+def dq_turn(it, turns, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, left, right,
             BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HAS_LEFT: gl.constexpr,
             HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """Of iteration `it`: the counter of the turns of its block of dQ, the item's turn, the block's row in the sum."""
+    """Of iteration `it`: the counter of the turns of its block of dQ, and the item's turn."""
     g, m = query_block(it, low, high, rising)
     first = n * 0  # blocks of keys that see the queries
     last = (n_k + BLOCK_N - 1) // BLOCK_N - 1
@@ -196,47 +202,62 @@ def dq_turn(it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising,
         first = gl.maximum(m * BLOCK_M + n_k - n_q - left, 0) // BLOCK_N
     if HAS_RIGHT:
         last = gl.minimum(last, (m * BLOCK_M + BLOCK_M - 1 + n_k - n_q + right) // BLOCK_N)
-    counter = turns + ((head + g) * n_q_blocks + first_block + m)
-    return counter, gl.where(rising, last - n, n - first), (head + g) * total_q + row_q + m * BLOCK_M
+    return turns + ((head + g) * n_q_blocks + first_block + m), gl.where(rising, last - n, n - first)
 
 
 @gluon.jit
 def dq_writer(dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks, total_q,
               left, right, HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-              D: gl.constexpr, TAIL: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):  # fmt: skip
-    """Adds the consumers' blocks of dQ to global memory, each in its turn.
+              D: gl.constexpr, TAIL: gl.constexpr, APART: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
+              DETERMINISTIC: gl.constexpr):  # fmt: skip
+    """Adds the consumers' blocks of dQ to global memory; DETERMINISTIC: each in its turn.
 
     ptxas sees that its numbers are the same in every lane, which takes none of the few registers of a thread: so they
     are worked out again rather than carried."""
+    PARTS: gl.constexpr = 2 if APART else 1
+    THREADS: gl.constexpr = "160" if APART else "288"  # that meet at a part's barriers
     _, n_k, row_q, n_q, first_block, n, _, head, low, high, rising, _ = key_item(
-        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, True
+        items, n_columns, section, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT, DETERMINISTIC
     )
     total = (high - low) * HEADS
     if total > 0:
-        barrier_arrive(DQ_FREE + 0 * total, "288", 1)
-        counter, turn, _ = dq_turn(
-            0, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
-            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
-        wait_for_turn(counter, turn, 1)
+        for part in gl.static_range(PARTS):
+            barrier_arrive(DQ_FREE + part + 0 * total, THREADS, 1)
+        if DETERMINISTIC:
+            counter, turn = dq_turn(
+                0, turns, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, left, right,
+                BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            wait_for_turn(counter, turn, 1)
     for it in range(total):
-        counter, _, row = dq_turn(
-            it, turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
-            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
-        barrier_sync(DQ_FULL + 0 * it, "288", 1)
-        add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row, D, TAIL)
-        following, turn, _ = dq_turn(
-            gl.minimum(it + 1, total - 1),
-            turns, row_q, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, total_q, left, right,
-            BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
-        )  # fmt: skip
-        reached = read_turn(following, 1)
-        tma.store_wait(0)
-        barrier_arrive(DQ_FREE + 0 * it, "288", 1)
-        pass_turn(counter, 1)
-        if it + 1 < total:
-            wait_for_turn(following, turn, 1, reached)
+        g, m = query_block(it, low, high, rising)
+        row = (head + g) * total_q + row_q + m * BLOCK_M
+        for part in gl.static_range(PARTS):
+            barrier_sync(DQ_FULL + part + 0 * it, THREADS, 1)
+            if not APART:
+                add_dq(dq_desc, dq_tail_desc, dq_s, dq_tail_s, row, D, TAIL)
+            elif BLOCK_M == 128:  # half the queries
+                tma_reduce_add(dq_desc, [0, row + 64 * part, 0], dq_s.index(part))
+            else:  # half the columns
+                tma_reduce_add(dq_desc, [part * (D // 64), row, 0], dq_s.index(part))
+        if DETERMINISTIC:
+            counter, _ = dq_turn(
+                it, turns, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, left, right,
+                BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            following, turn = dq_turn(
+                gl.minimum(it + 1, total - 1),
+                turns, n_q, n_k, first_block, n, head, low, high, rising, n_q_blocks, left, right,
+                BLOCK_M, BLOCK_N, HAS_LEFT, HAS_RIGHT,
+            )  # fmt: skip
+            reached = read_turn(following, 1)
+        for part in gl.static_range(PARTS):
+            tma.store_wait(PARTS - 1 - part)
+            barrier_arrive(DQ_FREE + part + 0 * it, THREADS, 1)
+        if DETERMINISTIC:
+            pass_turn(counter, 1)
+            if it + 1 < total:
+                wait_for_turn(following, turn, 1, reached)
 
 
 @gluon.jit
@@ -272,9 +293,9 @@ def sum_places(WIDTH: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, l
 
 @gluon.jit
 def in_lines(x, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """An accumulator as TMA adds it to a scratch tensor, [COLUMNS / 32, ROWS, 32]: each 32 columns in that order."""
-    x = gl.permute(gl.reshape(x, [ROWS, COLUMNS // 32, 4, 4, 2]), [1, 0, 3, 2, 4])
-    return gl.reshape(x, [COLUMNS // 32, ROWS, 32])
+    """An accumulator as TMA adds it to a scratch tensor: each 32 columns of 64 rows in that order, rows last."""
+    x = gl.permute(gl.reshape(x, [ROWS // 64, 64, COLUMNS // 32, 4, 4, 2]), [0, 2, 1, 4, 3, 5])
+    return gl.reshape(x, [ROWS * COLUMNS // 2048, 64, 32])
 
 
 @gluon.jit
@@ -294,7 +315,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
               left, right, scale, scale2, softcap2, stride_dk,
               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr,
               TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr, DQ_SHARED: gl.constexpr,
-              HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+              APART: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
               DETERMINISTIC: gl.constexpr):  # fmt: skip
     wide: gl.constexpr = 128 // BLOCK_N  # warpgroups side by side over the queries of S', dP' and the D of dK, dV
     across: gl.constexpr = 128 // BLOCK_M  # and over the D of dQ
@@ -303,6 +324,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8 // across, across], [16, D // across, 16])
     left_operand: gl.constexpr = gl.DotOperandLayout(0, kv_layout, 2)
     groups: gl.constexpr = 2 if TAIL else 1  # of wgmma in a product
+    EARLY: gl.constexpr = APART and CARRY  # lse and delta are read before the products that would delay them
     dq_first: gl.constexpr = wide == 1 and DQ_SHARED and not CARRY and not TAIL  # dQ leaves before dK is issued
     of_query: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_s.dtype
@@ -355,10 +377,13 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         k = k_s.index(zero)
         ds_tile = ds_s.index(zero)
         do = do_s.index(stage)
+        if EARLY:
+            lse = lse_s.index(stage).load(of_query)
         mbarrier.wait(do_full.index(stage), phase)
         dp_issued = product(v_s.index(zero), do.permute((1, 0)), v_tail_s.index(zero),
                             do_tail_s.index(stage).permute((1, 0)), zeros, TAIL)  # fmt: skip
-        lse = lse_s.index(stage).load(of_query)
+        if not EARLY:
+            lse = lse_s.index(stage).load(of_query)
         if HAS_SOFTCAP:
             tanh = 1.0 - 2.0 * reciprocal(1.0 + gl.exp2(s * scale2))
             p = gl.exp2(tanh * softcap2 - lse[None, :])
@@ -370,6 +395,9 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             if HAS_LEFT:
                 seen = seen & (last_seen[:, None] >= own[None, :])
             p = gl.where(seen, p, 0.0)
+        if APART and it > 0:  # not earlier: the fence waits for the stores, beside which the exponentials ran
+            fence_async_shared()
+            group_barrier_arrive(DQ_FULL + zero, "160", 8)  # the previous dQ is there
         if CARRY:
             if TAIL:
                 dk_done, dk_tail_done = warpgroup_mma_wait(groups, deps=[dk_issued, dk_tail_issued])
@@ -382,16 +410,19 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             if TAIL:
                 dk_tail_done = dk_tail_issued
         weights = narrow(p, dtype)
+        if EARLY:
+            delta = delta_s.index(stage).load(of_query)
         slope = narrow(p * (1.0 - tanh * tanh), dtype) if HAS_SOFTCAP else weights
         if wide == 1:
             dv_issued = warpgroup_mma(gl.convert_layout(weights, left_operand), do, dv, is_async=True)
             if TAIL:
                 weights_tail = gl.convert_layout(weights, left_tail_operand)
                 dv_tail_issued = warpgroup_mma(weights_tail, do_tail_s.index(stage), dv_tail, is_async=True)
-        delta = delta_s.index(stage).load(of_query)
+        if not EARLY:
+            delta = delta_s.index(stage).load(of_query)
         dp = warpgroup_mma_wait(groups if wide == 1 else 0, deps=[dp_issued])
         ds = narrow(widen(slope, dtype) * (dp - delta[None, :]), dtype)
-        if wide == 2 or not DQ_SHARED:
+        if wide == 2 or not DQ_SHARED or APART:
             thread_barrier()  # both warpgroups have read the previous dS'
         ds_tile.store(ds)
         if wide == 2:
@@ -402,7 +433,7 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
         following = gl.where(stage + 1 == STAGES, 0, stage + 1)
         next_phase = gl.where(it + 1 == total, phase, gl.where(stage + 1 == STAGES, phase ^ 1, phase))
         next_stage = gl.where(it + 1 == total, stage, following)
-        if DQ_SHARED and not DETERMINISTIC:
+        if DQ_SHARED and not DETERMINISTIC and not APART:
             tma.store_wait(0)  # the previous dQ has left shared memory
         thread_barrier()  # dS' (and P') of both warpgroups is there
         if wide == 2:
@@ -443,7 +474,13 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
             dq, dq_tail, s = warpgroup_mma_wait(groups, deps=[dq_issued, dq_tail_issued, s_issued])
         else:
             dq, s = warpgroup_mma_wait(groups, deps=[dq_issued, s_issued])
-        if DQ_SHARED:
+        if APART:
+            group_barrier_sync(DQ_FREE + zero, "160", 8)  # this warpgroup's previous part has left
+            lines: gl.constexpr = D * BLOCK_M // 2048
+            dq_s._reinterpret(gl.float32, [lines, 64, 32], dq_desc.layout).store(in_lines(dq, BLOCK_M, D))
+            if dq_first:
+                dk_issued = warpgroup_mma(gl.convert_layout(ds, left_operand), q_s.index(stage), dk_done, is_async=True)
+        elif DQ_SHARED:
             if DETERMINISTIC:
                 barrier_sync(DQ_FREE + zero, "288", 8)  # the previous dQ has left, and both warpgroups have read dS'
             dq_s.store(in_lines(dq, BLOCK_M, D))
@@ -488,9 +525,13 @@ def consumers(dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, d
     if total > 0:
         if CARRY:
             barrier_arrive(Q_FREE + stage, "288", 8)
-        if DETERMINISTIC:
+        if APART:
+            fence_async_shared()
+            group_barrier_arrive(DQ_FULL + 0 * total, "160", 8)
+            group_barrier_sync(DQ_FREE + 0 * total, "160", 8)
+        elif DETERMINISTIC:
             barrier_sync(DQ_FREE + 0 * total, "288", 8)
-    if DQ_SHARED and not DETERMINISTIC:
+    if DQ_SHARED and not DETERMINISTIC and not APART:
         tma.store_wait(0)
     thread_barrier()
     # read the item again: kept through the loop, its numbers would take registers
@@ -535,8 +576,9 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
                               total_k, left, right, scale, scale2, softcap2, stride_dk,
                               HEADS: gl.constexpr, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
                               D: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr, CARRY: gl.constexpr,
-                              DQ_SHARED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-                              HAS_SOFTCAP: gl.constexpr, DETERMINISTIC: gl.constexpr):  # fmt: skip
+                              DQ_SHARED: gl.constexpr, APART: gl.constexpr, HAS_LEFT: gl.constexpr,
+                              HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+                              DETERMINISTIC: gl.constexpr):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     ds_layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     scalars_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -557,7 +599,9 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
     lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], scalars_layout)
     dq_s, dq_tail_s = ds_s, ds_s
-    if DQ_SHARED:
+    if APART:
+        dq_s = gl.allocate_shared_memory(gl.float32, [2, D * BLOCK_M // 4096, 64, 32], dq_desc.layout)
+    elif DQ_SHARED:
         dq_s = gl.allocate_shared_memory(gl.float32, [D // 32, BLOCK_M, 32], dq_desc.layout)
         if TAIL:
             dq_tail_s = gl.allocate_shared_memory(gl.float32, [TAIL // 32, BLOCK_M, 32], dq_tail_desc.layout)
@@ -569,21 +613,22 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
         mbarrier.init(q_full.index(i), count=33)  # the expected bytes, and 32 threads' lse or delta
         mbarrier.init(do_full.index(i), count=33)
     # the compiler wants each partition's arguments spelled out in the call
-    if DETERMINISTIC:
+    if DETERMINISTIC or APART:
         gl.warp_specialize([
             (consumers, (dq_desc, dq_tail_desc, dk_desc, dv_desc, dk_ptr, dv_ptr, dq_sum, dk_sum, dv_sum, turns,
                          q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
                          lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
                          kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
                          left, right, scale, scale2, softcap2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
-                         STAGES, CARRY, DQ_SHARED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+                         STAGES, CARRY, DQ_SHARED, APART, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
             (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
                         lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
                         lse_s, delta_s,
                         kv_full, q_full, do_full, items, n_columns, section, total_q, left, right,
                         HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, STAGES, HAS_LEFT, HAS_RIGHT, DETERMINISTIC)),
             (dq_writer, (dq_desc, dq_tail_desc, dq_s, dq_tail_s, turns, items, n_columns, section, n_q_blocks,
-                         total_q, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, HAS_LEFT, HAS_RIGHT)),
+                         total_q, left, right, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL, APART, HAS_LEFT, HAS_RIGHT,
+                         DETERMINISTIC)),
         ], [1, 1], [24, 24])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -592,7 +637,7 @@ def attention_backward_kernel(q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_ta
                          lse_s, delta_s, p_s, ds_s, dq_s, dq_tail_s,
                          kv_full, q_full, do_full, items, n_columns, section, n_q_blocks, total_q, total_k,
                          left, right, scale, scale2, softcap2, stride_dk, HEADS, GROUP, BLOCK_M, BLOCK_N, D, TAIL,
-                         STAGES, CARRY, DQ_SHARED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
+                         STAGES, CARRY, DQ_SHARED, APART, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, DETERMINISTIC)),
             (producer, (q_desc, k_desc, v_desc, do_desc, q_tail_desc, k_tail_desc, v_tail_desc, do_tail_desc,
                         lse_ptr, delta_ptr, q_s, k_s, v_s, do_s, q_tail_s, k_tail_s, v_tail_s, do_tail_s,
                         lse_s, delta_s,

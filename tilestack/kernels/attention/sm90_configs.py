@@ -50,7 +50,8 @@ def tile_size(head_dim: int) -> int:
 class Backward:
     """Constants of the kernel: BLOCK_M queries and BLOCK_N keys of a tile, D + TAIL columns, STAGES of the rings of Q
     and dO, HEADS query heads of an item, CARRY: dK of a block runs beside the exponentials of the next, DQ_SHARED: dQ
-    is added by TMA from shared memory, else from registers."""
+    is added by TMA from shared memory, else from registers, APART: each warpgroup hands its own part of dQ to a warp
+    that adds it, once the exponentials of the next block have run."""
 
     BLOCK_M: int
     BLOCK_N: int
@@ -60,14 +61,15 @@ class Backward:
     HEADS: int
     CARRY: bool
     DQ_SHARED: bool
+    APART: bool
 
 
-BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_SHARED
-    64: (128, 128, 64, 0, 2, False, True),
-    96: (64, 128, 64, 32, 3, True, True),
-    128: (64, 128, 128, 0, 3, True, True),
-    192: (64, 64, 128, 64, 2, False, True),
-    256: (64, 64, 256, 0, 2, False, False),
+BACKWARD = {  # by head dimension: BLOCK_M, BLOCK_N, D, TAIL, STAGES, CARRY, DQ_SHARED, APART
+    64: (128, 128, 64, 0, 2, False, True, True),
+    96: (64, 128, 64, 32, 3, True, True, False),
+    128: (64, 128, 128, 0, 3, True, True, True),
+    192: (64, 64, 128, 64, 2, False, True, False),
+    256: (64, 64, 256, 0, 2, False, False, False),
 }
 
 
@@ -88,10 +90,10 @@ def adds_in_turn(deterministic: bool, deterministic_keys: bool, group: int) -> b
 
 
 def backward_config(head_dim: int, group: int, softcap: bool) -> Backward:
-    block_m, block_n, main, tail, stages, carry, shared = BACKWARD[head_dim]
+    block_m, block_n, main, tail, stages, carry, shared, apart = BACKWARD[head_dim]
     if softcap:  # one more tile of registers
-        block_m, carry = 64, False
-    return Backward(block_m, block_n, main, tail, stages, item_heads(group), carry, shared)
+        block_m, carry, apart = 64, False, False
+    return Backward(block_m, block_n, main, tail, stages, item_heads(group), carry, shared, apart)
 
 
 def _largest_divisor(n: int, limit: int) -> int:
