@@ -1,5 +1,6 @@
 """A rank that dies, fails or hangs ends all of them, and is named. Real processes, without torch."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -114,3 +115,16 @@ def test_where_a_thread_is_names_the_collective_and_our_line():
     space["train"](lambda: space["all_reduce"](lambda: frames.update(here=sys._getframe())))
     assert module.place(frames["here"]) == "in all_reduce at train.py:2, train"
     assert module.place(None) == "nowhere"
+
+
+def test_what_nccl_has_not_finished_is_read_from_its_own_recorder(monkeypatch):
+    import torch  # the other tests do without
+
+    states = [("all_gather", "completed"), ("all_reduce", "started")]
+    entries = [{"profiling_name": f"nccl:{name}", "state": state, "input_sizes": [[4]]} for name, state in states]
+    recorders = torch._C._distributed_c10d
+    for name, found in (("_dump_nccl_trace_json", entries), ("_dump_fr_trace_json", [])):
+        monkeypatch.setattr(recorders, name, lambda found=found, **_: json.dumps({"entries": found}), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert ringed.load_watch().unfinished_on_gpu() == ["nccl:all_reduce started of [[4]]"]

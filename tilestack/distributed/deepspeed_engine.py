@@ -58,8 +58,7 @@ def join(world: World, timeout: float) -> None:
     # DeepSpeed 0.19 calls what torch 2.13 renamed, in every step
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     # what NCCL was asked for and has not finished: `Watch` reads it when a rank is stuck
-    renamed = torch.__version__ >= "2.12"  # of which each rank would be warned
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     if world.world_size == 1:
         # DeepSpeed wants these set; the store in memory needs no port, which another program might take first

@@ -234,8 +234,8 @@ def unfinished_on_gpu() -> list[str]:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return []
-    module = torch._C._distributed_c10d
-    dump = getattr(module, "_dump_fr_trace_json", None) or getattr(module, "_dump_nccl_trace_json", None)
+    # NCCL has a recorder of its own; _dump_fr_trace_json reads that of the other backends
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
     try:
         entries = json.loads(dump(includeCollectives=True, onlyActive=True)).get("entries", [])
     except (TypeError, ValueError, RuntimeError):  # another version of torch
