@@ -1,12 +1,15 @@
 """The Hopper forward of attention in the Gluon emulator: head dimensions, features, planted synchronisation bugs."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from triton._C.libtriton import gluon_ir, ir
 
+from tilestack.kernels._gluon import _masking, gl
 from tilestack.kernels.attention import reference, sm90_forward
 from tilestack.kernels.attention.op import AttentionParams
 from tilestack.kernels.attention.sm90_configs import FORWARD, SHORT, SHORT_FORWARD, forward_config
@@ -25,6 +28,7 @@ CASES = {  # batch, queries, keys, heads, key heads, head dimension, window, off
     "D = 64": (1, 300, 300, 2, 1, 64, CAUSAL, None, 0.0, False),
     "D = 96, odd lengths": (1, 200, 330, 2, 1, 96, CAUSAL, None, 0.0, False),
     "D = 192, packed, window": (None, 530, 431, 2, 1, 192, (70, 0), OFFSETS, 0.0, False),
+    "a wide window": (1, 200, 900, 2, 1, 64, (530, 20), None, 0.0, False),
     "D = 256, every key": (1, 130, 300, 2, 1, 256, ANY, None, 0.0, False),
     "D = 256, several items a program": (1, 300, 200, 4, 1, 256, CAUSAL, None, 0.0, False),
     "D = 80, padded": (1, 140, 200, 2, 2, 80, CAUSAL, None, 0.0, False),
@@ -75,6 +79,25 @@ def test_tiles_fit_into_shared_memory_and_hardware_barriers(head_dim, tiles):
     assert head_dim == tiles.D + tiles.REST
     assert rows * head_dim * 2 + mbarriers <= 226 * 1024  # of 227 KB; Triton keeps what partitions capture there too
     assert 5 + 2 * tiles.STAGES + tiles.Q_SLOTS + tiles.CONSUMERS <= 16  # Triton has five itself
+
+
+@pytest.mark.parametrize("width", sorted({tiles.BLOCK_N for tiles in FORWARD.values()}))
+def test_the_ptx_of_the_mask_has_each_register_where_tritons_layout_has_it(width):
+    context = ir.context()
+    ir.load_dialects(context)
+    builder = gluon_ir.GluonOpBuilder(context)
+    scores = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+    layout = builder.to_linear_layout(scores._to_ir(builder), [64, width])
+    assert layout.lane_bases == [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]  # a thread begins at column 2 * (lane % 4)
+    places = [[0, 0]]
+    for basis in layout.reg_bases:
+        places += [[row + basis[0], column + basis[1]] for row, column in places]
+    text, _ = _masking.fn(width // 2, True)
+    bounds = re.findall(r"setp.lt.s32 p, h(\d), (\d+); setp.gt.or.s32 p, l(\d), (\d+), p; selp.f32 \$(\d+)", text)
+    found = [[8 * int(row), int(column)] for row, column, *_ in bounds]
+    assert found == [[8 * int(row), int(column)] for *_, row, column, _ in bounds] == places
+    assert [int(register) for *_, register in bounds] == list(range(width // 2))
+    assert places[2] == [8, 0]  # the bounds of a thread's rows are taken from the first register and the third
 
 
 def test_short_sequences_under_a_causal_mask_get_their_own_tiles():

@@ -30,8 +30,8 @@ ALLOWED_SPILLS: dict[tuple[str, str], tuple[int, str]] = {
     ("attention_bwd_dk_dv_kernel", "sm_89"): (8, UNEVEN),
     ("attention_bwd_dk_dv_kernel", "sm_90"): (147, "what a loop does not change; its body reloads, and stores nothing"),
     ("attention_forward_kernel", "sm_90"): (
-        20,
-        "packed; 6 with Triton 3.6. From item to item: the loop of dense input has none, test_attention_sm90_loops.py",
+        42,
+        "packed; 20 with Triton 3.6. From item to item: loops over tiles have none, test_attention_sm90_loops.py",
     ),
     ("attention_bwd_dk_dv_kernel", "sm_100"): (85, "packed input and single queries; as on sm_90"),
     ("attention_bwd_dk_dv_kernel", "sm_120"): (16, UNEVEN),
@@ -55,8 +55,8 @@ ALLOWED_SPILLS_OF_FEATURES: dict[tuple[str, str], int] = {
     ("attention_bwd_dk_dv_kernel", "sm_100"): 130,
     ("attention_bwd_dk_dv_kernel", "sm_120"): 54,
 }
-# with a left window, 85 with Triton 3.8 and 689 with 3.6: a fault that only a GPU can show to be mended
-ALLOWED_SPILLS_OF_LEFT_WINDOWS = {("attention_forward_kernel", "sm_90"): 689}
+# with a wide window, which has three loops; from item to item too
+ALLOWED_SPILLS_OF_LEFT_WINDOWS = {("attention_forward_kernel", "sm_90"): 90}
 
 
 def run_compiling(*command: str) -> dict:

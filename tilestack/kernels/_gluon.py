@@ -38,6 +38,7 @@ __all__ = [
     "gluon",
     "group_barrier_arrive",
     "group_barrier_sync",
+    "mask_rows",
     "mbarrier",
     "narrow",
     "partial_row_max",
@@ -298,6 +299,58 @@ def scale_rows(x, factors):
     layout: gl.constexpr = gl.SliceLayout(1, x.type.layout)
     columns = gl.convert_layout(factors, layout)[:, None]
     return gl.inline_asm_elementwise(TEXT[0], TEXT[1], [x, columns], dtype=gl.float32, is_pure=False, pack=REGISTERS)
+
+
+@constexpr_function
+def _masking(registers, HAS_LEFT):
+    """(PTX, constraints): -inf in place of what lies outside of its row's bounds, unless those cut no row of the warp.
+
+    In wgmma's layout a thread's registers are pairs of columns of its two rows in turn, the next pair 8 columns on.
+    """
+    last, first = 2 * registers, 3 * registers  # operands: the last column of each value's row, and the first
+    lines = [
+        ".reg .pred p; .reg .b32 t, h0, h1, l0, l1;",
+        f"min.s32 h0, ${last}, ${last + 2}; setp.lt.s32 p, h0, {2 * registers - 1};",
+    ]
+    if HAS_LEFT:
+        lines.append(f"max.s32 l0, ${first}, ${first + 2}; setp.gt.or.s32 p, l0, 0, p;")
+    lines += [
+        "vote.sync.any.pred p, p, 0xffffffff;",
+        "@!p bra L${:uid};",
+        "mov.u32 t, %laneid; and.b32 t, t, 3; shl.b32 t, t, 1;",  # the thread's first column
+    ]
+    for row in range(2):
+        lines.append(f"sub.s32 h{row}, ${last + 2 * row}, t;")
+        if HAS_LEFT:
+            lines.append(f"sub.s32 l{row}, ${first + 2 * row}, t;")
+    for i in range(registers):
+        column, row = 8 * (i // 4) + i % 2, i // 2 % 2
+        lines.append(f"setp.lt.s32 p, h{row}, {column};")
+        if HAS_LEFT:
+            lines.append(f"setp.gt.or.s32 p, l{row}, {column}, p;")
+        lines.append(f"selp.f32 ${i}, 0fFF800000, ${i}, p;")
+    lines.append("L${:uid}:")
+    operands = (2 if HAS_LEFT else 1) * registers
+    constraints = ["=f"] * registers + [str(i) for i in range(registers)] + ["r"] * operands
+    return "{ " + " ".join(lines) + " }", ",".join(constraints)
+
+
+@gluon.jit
+def mask_rows(x, last, first, HAS_LEFT: gl.constexpr):
+    """x [64, N] in wgmma's layout of one warpgroup, -inf outside of columns first [64] to last [64] of each row.
+
+    first counts only if HAS_LEFT. Plain comparisons are made long before they are used, and registers run out.
+    """
+    REGISTERS: gl.constexpr = x.shape[1] // 2
+    TEXT: gl.constexpr = _masking(REGISTERS, HAS_LEFT)
+    if HAS_LEFT:
+        return gl.inline_asm_elementwise(
+            TEXT[0], TEXT[1], [x, last[:, None], first[:, None]], dtype=gl.float32, is_pure=False, pack=REGISTERS
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            TEXT[0], TEXT[1], [x, last[:, None]], dtype=gl.float32, is_pure=False, pack=REGISTERS
+        )
 
 
 @functools.cache  # Gluon checks a layout for ten microseconds

@@ -525,6 +525,7 @@ class Emulator:
             _gluon.partial_row_sums: lambda x: x.reshape(x.shape[0], -1, 8).sum(1),
             _gluon.beside: lambda rows, partial: rows[:, None],
             _gluon.scale_rows: lambda x, factors: x * factors[:, None],
+            _gluon.mask_rows: _mask_rows,
             _gluon.round_to_bf16: lambda x: (x.bfloat16(), x.bfloat16().float()),
         }
 
@@ -610,6 +611,14 @@ def _atomic_add(pointer: Pointer, value: Any, mask: torch.Tensor | None = None, 
     before = _load(pointer, mask)
     _store(pointer, before + value, mask)
     return before
+
+
+def _mask_rows(x: torch.Tensor, last: torch.Tensor, first: torch.Tensor, HAS_LEFT: bool) -> torch.Tensor:
+    columns = torch.arange(x.shape[1])
+    outside = columns > last[:, None]
+    if HAS_LEFT:
+        outside |= columns < first[:, None]
+    return x.masked_fill(outside, float("-inf"))
 
 
 def _store(pointer: Pointer, value: Any, mask: torch.Tensor | None = None) -> None:

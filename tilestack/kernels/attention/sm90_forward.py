@@ -16,7 +16,9 @@ head run together; dense input goes in sections of heads and documents whose K a
 * Comparisons and sums of a row are eight that do not wait for one another (partial_row_max, partial_row_sums); sums
   meet at the item's end only.
 * Only tiles on the diagonal, at the window's left end or at a document's end are masked, in loops of their own: the
-  loop over the others has no branch.
+  loop over the others has no branch. (A narrow window has one loop, sm90_configs.one_loop.) The mask is one block of
+  PTX that is jumped over where nothing is cut (mask_rows): plain comparisons ptxas makes long before they are used, and
+  with those of two ends registers ran out.
 * A head dimension that is no power of two is two products: 96 = 64 + 32, 192 = 128 + 64 (D and REST).
 
 P stays in registers as the left operand of P V. Out leaves by TMA through Q's buffer, or at a document's end from
@@ -40,6 +42,7 @@ from tilestack.kernels._gluon import (
     fence_async_shared,
     gl,
     gluon,
+    mask_rows,
     mbarrier,
     narrow,
     partial_row_max,
@@ -53,7 +56,7 @@ from tilestack.kernels._gluon import (
 )
 from tilestack.kernels.attention.features import lse_of_no_keys
 from tilestack.kernels.attention.layout import empty_lse, pad_heads
-from tilestack.kernels.attention.sm90_configs import Forward, forward_config, tile_size
+from tilestack.kernels.attention.sm90_configs import Forward, forward_config, one_loop, tile_size
 from tilestack.kernels.attention.sm90_schedule import (
     dense_query_table,
     dense_schedule,
@@ -82,6 +85,7 @@ class Variant(Forward):
     HAS_RIGHT: bool
     HAS_CAP: bool
     HAS_SINKS: bool
+    ONE_LOOP: bool  # tiles that every query sees go through the loop of those that are masked
     WIDTH: int
     BLOCK_M: int
     K_FREE: int  # hardware barriers: free buffers, and whose turn it is
@@ -186,16 +190,13 @@ def capped(s, inner, cap):
 
 
 @gluon.jit
-def masked(s, tile, n_k, own, columns, left, right, C: gl.constexpr):
+def masked(s, tile, n_k, own, left, right, C: gl.constexpr):
     """Scores with -inf where a query does not see the key."""
-    keys = (columns + tile * C.BLOCK_N)[None, :]
     end = own * 0 + (n_k - 1)
     if C.HAS_RIGHT:
         end = gl.minimum(own + right, n_k - 1)
-    s = gl.where(keys <= end[:, None], s, float("-inf"))
-    if C.HAS_LEFT:
-        s = gl.where(keys >= (own - left)[:, None], s, float("-inf"))
-    return s
+    start = tile * C.BLOCK_N
+    return mask_rows(s, end - start, own - left - start, C.HAS_LEFT)
 
 
 @gluon.jit
@@ -290,7 +291,6 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
     out_layout: gl.constexpr = C.out
     rest_layout: gl.constexpr = C.rest
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, C.scores))
-    columns = gl.arange(0, C.BLOCK_N, layout=gl.SliceLayout(0, C.scores))
     stage = 0
     phase = 0
     number = 0
@@ -323,7 +323,7 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
         if C.HAS_CAP:
             s = capped(s, inner, cap)
         if (last > full_last) | (last <= full_first):
-            s = masked(s, last - 1, n_k, own, columns, left, right, C)
+            s = masked(s, last - 1, n_k, own, left, right, C)
         m = gl.maximum(gl.max(partial_row_max(s), 1) * scale, FLOOR)
         m = gl.convert_layout(m, gl.SliceLayout(1, C.scores))
         alpha = gl.exp2(m - m)
@@ -338,9 +338,10 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
             tma.store_wait(0)
             barrier_arrive(C.Q_FREE + (number - 1) % C.Q_SLOTS, THREADS, 4)
         mbarrier.wait(k_full.index(stage), phase, pred=n_tiles > 1)
-        for part in gl.static_range(3 if C.HAS_LEFT else 2):  # masked tiles, full ones, masked ones
+        LOOPS: gl.constexpr = 1 if C.ONE_LOOP else (3 if C.HAS_LEFT else 2)
+        for part in gl.static_range(LOOPS):  # masked tiles, full ones, masked ones
             begin = 1 if part == 0 else (full_from if part == 1 else full_to)
-            end = full_from if part == 0 else (full_to if part == 1 and C.HAS_LEFT else n_tiles)
+            end = n_tiles if part == LOOPS - 1 else (full_from if part == 0 else full_to)
             for step in range(begin, end):
                 barrier_sync(MINE, "256", 4)
                 s_issued = issue_scores(q_s, place, k_s, stage, C)
@@ -353,7 +354,7 @@ def consumer(which: gl.constexpr, results, buffers, full, work, numbers, C: gl.c
                 if C.HAS_CAP:
                     s = capped(s, inner, cap)
                 if part != 1:
-                    s = masked(s, last - 1 - step, n_k, own, columns, left, right, C)
+                    s = masked(s, last - 1 - step, n_k, own, left, right, C)
                 largest = gl.convert_layout(gl.max(partial_row_max(s), 1), gl.SliceLayout(1, C.scores)) * scale
                 m_new = gl.where(largest > m + SLACK, largest, m)
                 alpha = gl.exp2(m - m_new)
@@ -453,9 +454,9 @@ def attention_forward_kernel(q_desc, k_desc, v_desc, o_desc, q_rest, k_rest, v_r
                              CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, REST: gl.constexpr,
                              STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, HEAD_DIM: gl.constexpr, GROUP: gl.constexpr,
                              SCHEDULED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr,
-                             HAS_CAP: gl.constexpr, HAS_SINKS: gl.constexpr):  # fmt: skip
+                             HAS_CAP: gl.constexpr, HAS_SINKS: gl.constexpr, ONE_LOOP: gl.constexpr):  # fmt: skip
     C: gl.constexpr = variant(CONSUMERS, BLOCK_N, D, REST, STAGES, Q_SLOTS, HEAD_DIM, GROUP,
-                              SCHEDULED, HAS_LEFT, HAS_RIGHT, HAS_CAP, HAS_SINKS)  # fmt: skip
+                              SCHEDULED, HAS_LEFT, HAS_RIGHT, HAS_CAP, HAS_SINKS, ONE_LOOP)  # fmt: skip
     results = ((o_desc, o_rest), out, lse, stride_out, stride_lse)
     buffers = (
         allocate(q_desc, q_rest, Q_SLOTS * CONSUMERS, ROWS, C),
@@ -514,7 +515,7 @@ class _Plan:
             (programs,), heads, *window, scale, inner, cap, heads * head_dim, leading[-1],
             **vars(config), HEAD_DIM=head_dim, GROUP=heads // k_shape[-2],
             SCHEDULED=dense, HAS_LEFT=window[0] >= 0, HAS_RIGHT=window[1] >= 0, HAS_CAP=cap > 0,
-            HAS_SINKS=has_sinks, num_warps=4,
+            HAS_SINKS=has_sinks, ONE_LOOP=one_loop(params.window_left), num_warps=4,
         )  # fmt: skip
 
 

@@ -174,6 +174,13 @@ CASES = OpCases(
         Case("Qwen3-30B-A3B", "its length and groups, half its heads", _dense(4096, 4096, (16, 2), 128), _CAUSAL, True),
         Case("long window", "many blocks skipped", _dense(4096, 4096, (8, 2), 128), {"window_size": (500, 0)}, True),
         Case(
+            "wide window",
+            "many tiles no query cuts",
+            _dense(4096, 4096, (8, 2), 128),
+            {"window_size": (1500, 20)},
+            True,
+        ),
+        Case(
             "long documents",
             "many tiles a document",
             _packed((1000, 0, 3000, 1, 95), (1000, 0, 3000, 1, 95), (8, 2), 128),
