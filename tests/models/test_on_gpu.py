@@ -5,9 +5,19 @@ import copy
 import pytest
 import torch
 from test_parity import PACKED, SHAPES
-from tiny_qwen3_moe import Float64, assert_same, ours_like, plain_model, relative_errors, results, tokens
+from tiny_qwen3_moe import (
+    Float64,
+    assert_within_twice,
+    both_errors,
+    ours_like,
+    plain_model,
+    relative_errors,
+    results,
+    tokens,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+MODELS = 4
 WIDE = {  # sizes that Hopper's kernels take; every expert is chosen, so that rounding moves no token to another
     "hidden_size": 128, "head_dim": 64, "moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 4,
     "vocab_size": 512,
@@ -23,10 +33,18 @@ def on_gpu(plain):
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES.keys())
 def test_agrees_with_transformers_in_float32(changes):
-    ours, plain = on_gpu(plain_model(**changes))
-    ids = tokens(2, 20).cuda()
+    """Several models together: of one, chance decides whose worst error is twice whose.
+
+    On the CPU the worst of ours was 0.5 to 1.7 times that of transformers over forty models, 1.06 times in the median.
+    """
     dense = changes.get("mlp_only_layers") == [0, 1]
-    assert_same(ours, plain, {"input_ids": ids, "labels": ids, "output_router_logits": not dense})
+
+    def draw(seed):
+        ours, plain = on_gpu(plain_model(seed, **changes))
+        ids = tokens(2, 20, seed=seed + 1).cuda()
+        return both_errors(ours, plain, {"input_ids": ids, "labels": ids, "output_router_logits": not dense})
+
+    assert_within_twice(*map(draw, range(MODELS)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -41,9 +59,7 @@ def test_gradients_in_bf16_are_as_near_to_float64_as_those_of_transformers(packe
         _, exact = results(copy.deepcopy(plain).double(), inputs)
     _, eager = results(plain, inputs)
     _, found = results(ours, inputs | {"return_logits": True})
-    errors, budget = relative_errors(found, exact), 2 * max(relative_errors(eager, exact).values())
-    worst = max(errors, key=errors.get)
-    assert errors[worst] <= budget, f"{worst}: relative error {errors[worst]:.3g} is over the budget {budget:.3g}"
+    assert_within_twice((relative_errors(found, exact), relative_errors(eager, exact)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
