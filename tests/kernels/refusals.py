@@ -35,7 +35,16 @@ LACKS = {
     },
     ("attention", "flash-attn-2"): {"float32", "empty", "no document", ODD, "sinks", "ALiBi", "dropout"},
     ("attention", "flash-attn-4"): {"float32", "empty", "no document", ODD, "sinks", "ALiBi", "dropout"},
-    ("attention", "xformers"): {"float32", "grouped", "window", "empty", "no document", ODD, *FEATURES},
+    ("attention", "xformers"): {
+        "float32",
+        "head dimension over 128",
+        "grouped",
+        "window",
+        "empty",
+        "no document",
+        ODD,
+        *FEATURES,
+    },
     ("moe", "tilestack"): {"float32", "sizes not multiples of 64"},
 }
 

@@ -91,9 +91,11 @@ def ratio(rates: dict[tuple[str, str], float], names: list[str], direction: str)
 
 
 def _spread(rows: list[dict]) -> str:
-    spreads = sorted((row["ms_max"] - row["ms_min"]) / row["ms_median"] for row in rows)
-    if not spreads:
+    if not rows:
         return "Nothing was timed."
+    if any(row["ms_max"] is None for row in rows):
+        return "Medians."
+    spreads = sorted((row["ms_max"] - row["ms_min"]) / row["ms_median"] for row in rows)
     return (
         f"Medians; between the fastest and the slowest repeat lie {spreads[len(spreads) // 2]:.1%} of the median in "
         f"the middle row and {spreads[-1]:.1%} in the worst."

@@ -98,7 +98,8 @@ class _Plan:
         heads, head_dim = q_shape[-2:]
         kv_heads, length = k_shape[-2], q_shape[-3]
         group = heads // kv_heads
-        self.config = config = backward_config(head_dim, group, params.softcap > 0)
+        in_turn = adds_in_turn(params.deterministic, params.deterministic_keys, group)
+        self.config = config = backward_config(head_dim, group, params.softcap > 0, in_turn)
         self.block_m, self.block_n = block_m, block_n = config.BLOCK_M, config.BLOCK_N
         self.table = None
         if documents is None:
@@ -114,7 +115,6 @@ class _Plan:
         aligned = launch.cdiv(heads * total_q, ALIGNMENT) * ALIGNMENT
         sums_of_keys = (kv_heads * total_k + block_n) * head_dim if self.has_sums_of_keys else 0
         self.sizes = aligned, aligned, (heads * total_q + block_m) * head_dim, sums_of_keys, sums_of_keys
-        in_turn = adds_in_turn(params.deterministic, params.deterministic_keys, group)
         self.n_turns = heads * n_q_blocks + self.n_items * kv_heads if in_turn else 0
         self._tiles(q_shape, k_shape, dtype)
         self._launches(heads, kv_heads, total_q, total_k, length, n_q_blocks, params)

@@ -99,10 +99,13 @@ def adds_in_turn(deterministic: bool, deterministic_keys: bool, group: int) -> b
     return deterministic or (deterministic_keys and group > 2 * item_heads(group))
 
 
-def backward_config(head_dim: int, group: int, softcap: bool) -> Backward:
+def backward_config(head_dim: int, group: int, softcap: bool, in_turn: bool) -> Backward:
+    """Of a head dimension that has tiles. in_turn: items add in a fixed order."""
     block_m, block_n, main, tail, stages, carry, shared, apart = BACKWARD[head_dim]
     if softcap:  # one more tile of registers
         block_m, carry, apart = 64, False, False
+    if in_turn and carry:  # dQ that is handed over a block later keeps the next item waiting: slower on an H100
+        apart = False
     return Backward(block_m, block_n, main, tail, stages, item_heads(group), carry, shared, apart)
 
 

@@ -1,4 +1,4 @@
-"""xFormers 0.0.35, its flash-attention operators: dense and packed, causal.
+"""xFormers 0.0.35, its flash-attention operators: dense and packed, causal, head dimensions to 128 (README.md has why).
 
 Its block-diagonal masks hold the documents' lengths on the host: packed input waits for the device, twice a step.
 The operator is pinned: another one that xFormers might pick has its lse in another layout.
@@ -19,7 +19,7 @@ from tilestack.kernels.attention.vendor_common import (
 
 AUXILIARY = ()
 SAVED = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "out", "lse")
-ABILITIES = Abilities(max_head_dim=256, packed=True, uneven_causal=True, grouped=False)
+ABILITIES = Abilities(max_head_dim=128, packed=True, uneven_causal=True, grouped=False)
 refuses = ABILITIES.refuses
 
 
