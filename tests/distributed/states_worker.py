@@ -97,6 +97,7 @@ def gradients_on_their_way(engine) -> Iterator[dict]:
     if isinstance(zero, OnePassZeroOptimizer):
         with units_in_flight(zero, found["in flight"]):
             yield found
+        found["buckets"] = sum(each.nbytes for bucket in zero.ipg_buckets.values() for each in bucket.buffer)
         return
     in_buckets = hasattr(zero, "average_tensor")
     owner, method = (zero, "average_tensor") if in_buckets else (engine.engine, "allreduce_bucket")

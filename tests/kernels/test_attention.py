@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  (torch's own habit)
 
 from tilestack.kernels import attention
+from tilestack.kernels.attention.op import _prepare
 from tilestack.testing import compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -259,3 +260,11 @@ def test_offsets_beyond_32_bits_are_right():
     exact = run(*(each.detach().cpu().double().requires_grad_() for each in part), "reference")
     for name, *each in zip(("out", "dq", "dk", "dv"), ours, eager, exact, strict=True):
         compare.assert_close(name, *each)
+
+
+@pytest.mark.parametrize(
+    ("wide", "same"), [((2**31 - 1, 0), (-1, 0)), ((2**40, 2**30), (-1, -1)), ((5, 2**31), (5, -1))]
+)
+def test_a_window_that_no_sequence_can_reach_is_no_limit_because_kernels_add_positions_to_it_in_32_bits(wide, same):
+    q, k, v = (random(1, 8, 2, 16, seed=seed) for seed in range(3))
+    assert _prepare(q, k, v, window_size=wide)[1] == _prepare(q, k, v, window_size=same)[1]

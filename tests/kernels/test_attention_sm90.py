@@ -97,5 +97,10 @@ def test_rows_that_begin_at_no_multiple_of_16_bytes_are_copied_for_tma_and_so_ar
 
 @pytest.mark.parametrize("section", [(1, 4), (2, 2), (1, 1)], ids=str)
 def test_sections_of_documents_and_heads_leave_nothing_out(section, monkeypatch):
-    monkeypatch.setattr(sm90_schedule, "forward_sections", lambda *_: section)
+    asked = []
+    monkeypatch.setattr(sm90_schedule, "forward_sections", lambda *sizes: asked.append(sizes) or section)
+    # nothing that other sections were kept for, and nothing kept for other tests
+    monkeypatch.setattr(sm90_forward, "dense_schedule", sm90_schedule.dense_schedule.__wrapped__)
+    monkeypatch.setattr(sm90_forward, "_plan", sm90_forward._Plan)
     assert_right(run((2, 300, 300, 4, 4, 64, True, (-1, -1), {}), Emulator(), monkeypatch))
+    assert asked

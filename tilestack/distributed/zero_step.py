@@ -172,7 +172,7 @@ def update_in_one_pass(optimizer: Any) -> None:
 
 
 def bucket_elements(model: torch.nn.Module) -> int:
-    """What ZeRO 2 should reduce together: the weights of one module, the largest.
+    """What DeepSpeed's own ZeRO 2 should reduce together: the weights of one module, the largest.
 
     Where the bucket is full, DeepSpeed makes the backward pass wait for the bucket before. A layer's experts come all
     at once: a bucket that overflows twice with them has it wait for what it has just begun to send. A larger one would

@@ -33,7 +33,8 @@ class AttentionParams:
     """What is no tensor, normalised: an implementation need not look at the user's spelling.
 
     causal: exactly window_right == 0.
-    window_left, window_right: keys seen to the left and right of the query's own position; -1 is no limit.
+    window_left, window_right: keys seen to the left and right of the query's own position, less than 2^30; -1 is no
+        limit.
     max_seqlen_q, max_seqlen_k: packed input's longest document; -1 is unknown (and in dense input).
     deterministic, deterministic_keys: the same bits each time in all gradients; in dk and dv at least.
     softcap, dropout_p: 0 is none.
@@ -332,13 +333,16 @@ def _check_integer(name: str, value: object) -> None:
         raise ValueError(f"attention: {name} must be an integer, got {type(value).__name__}")
 
 
+_NO_LIMIT = 2**30  # kernels add positions to a window in 32 bits; no sequence is as long
+
+
 def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise ValueError(f"attention: window_size must be two integers, (left, right), got {window_size!r}")
     for value in window_size:
         _check_integer("window_size", value)
         checks.at_least("attention", "window_size", value, -1)
-    left, right = window_size
+    left, right = (-1 if value >= _NO_LIMIT else value for value in window_size)
     return left, 0 if causal else right
 
 

@@ -43,7 +43,7 @@ def forward(q, k, v, cu_seqlens_q, cu_seqlens_k, sinks, alibi_slopes, dropout_se
                 attention_fwd_kernel, _grid(q, blocks),
                 q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k, slopes, seed,
                 *_strides(q), *_strides(k), *_strides(v), *_sizes(q, k, cu_seqlens_q), blocks, q.shape[-2],
-                params.softmax_scale, *_window(params), *numbers,
+                params.softmax_scale, params.window_left, params.window_right, *numbers,
                 **_constants(q, k, tile, alibi_slopes, params),
             )  # fmt: skip
     return out, lse
@@ -57,7 +57,7 @@ def backward(
     slopes, seed, *numbers = _features(alibi_slopes, dropout_seed, params)
     strides = (*_strides(q), *_strides(k), *_strides(v), *_strides(dout))
     sizes = _sizes(q, k, cu_seqlens_q)
-    scores = (params.softmax_scale, *_window(params), *numbers)
+    scores = (params.softmax_scale, params.window_left, params.window_right, *numbers)
     tiles = _tiles(q, params)
     blocks_q = _blocks(q, cu_seqlens_q, tiles.dq.block_m)
     blocks_k = _blocks(k, cu_seqlens_k, tiles.dk_dv.block_n)
@@ -113,10 +113,6 @@ def _blocks(own: torch.Tensor, cu_seqlens: torch.Tensor | None, block: int) -> i
 def _grid(own: torch.Tensor, blocks: int) -> tuple[int]:
     batch = own.shape[0] if own.dim() == 4 else 1
     return (blocks * own.shape[-2] * batch,)
-
-
-def _window(params) -> tuple[int, int]:
-    return min(params.window_left, 2**30), min(params.window_right, 2**30)  # positions are added to it in 32 bits
 
 
 def _tiles(q: torch.Tensor, params) -> configs.Tiles:
