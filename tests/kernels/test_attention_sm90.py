@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from emulated import no_gpu_in_sight
 
 from tilestack.kernels.attention import reference, sm90_backward, sm90_forward, sm90_schedule
 from tilestack.kernels.attention.layout import rows_by_heads
@@ -10,9 +11,7 @@ from tilestack.kernels.attention.sm90_tiles import RowTiles
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="small kernels beside the emulated ones run in Triton's interpreter: hide the GPU"
-)
+pytestmark = no_gpu_in_sight
 NEEDS = ("q", "k", "v")
 NO_FEATURES = (None, None, None)  # sinks, ALiBi slopes, the seed of dropout
 OFFSETS = {"cu_seqlens_q": [0, 5, 5, 140, 400, 500], "cu_seqlens_k": [0, 0, 30, 300, 420, 421]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import no_gpu_in_sight
 from test_launch import launches_wait
 
 from tilestack.kernels.attention import reference, sm90_backward, sm90_backward_kernel
@@ -15,9 +16,7 @@ from tilestack.kernels.attention.op import AttentionParams
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import DeadlockError, Emulator
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="small kernels beside the emulated ones run in Triton's interpreter: hide the GPU"
-)
+pytestmark = no_gpu_in_sight
 OFFSETS = ([0, 5, 5, 140, 400, 500], [0, 0, 30, 300, 420, 421])
 
 

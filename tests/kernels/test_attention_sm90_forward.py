@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import no_gpu_in_sight
 from triton._C.libtriton import gluon_ir, ir
 
 from tilestack.kernels._gluon import _masking, gl
@@ -16,9 +17,7 @@ from tilestack.kernels.attention.sm90_configs import FORWARD, SHORT, SHORT_FORWA
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="small kernels beside the emulated ones run in Triton's interpreter: hide the GPU"
-)
+pytestmark = no_gpu_in_sight
 OFFSETS = ([0, 5, 5, 140, 400, 500], [0, 0, 30, 300, 420, 421])
 ANY, CAUSAL = (-1, -1), (-1, 0)
 STEEP = 1.0  # a softmax_scale with which maxima grow by more than SLACK from tile to tile

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emulated import no_gpu_in_sight
 from test_launch import launches_wait
 
 from tilestack.kernels.moe import reference, sm90_activation, sm90_gluon, sm90_rows, sm90_weights
@@ -14,9 +15,7 @@ from tilestack.kernels.moe.sm90_layout import Layout
 from tilestack.testing.compare import assert_close
 from tilestack.testing.gluon_emulator import Emulator
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="small kernels beside the emulated ones run in Triton's interpreter: hide the GPU"
-)
+pytestmark = no_gpu_in_sight
 NEEDS = ("x", "gate_up", "down", "topk_weights")
 KERNELS = (
     (sm90_rows, "moe_up_sm90_kernel"),
